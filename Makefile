@@ -20,7 +20,7 @@ lint: install ## style, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	PYTHONPATH= $(BIN)/lint-imports
+	PYTHONPATH=.typing $(BIN)/lint-imports
 
 serve: install ## a server that stays, http://127.0.0.1:8000
 	@$(BIN)/coterie serve

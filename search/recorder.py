@@ -1,0 +1,95 @@
+"""Writes what a search does into its store, in order, without holding up the search."""
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from typing import Self
+
+from coterie.search.store import Fenced, StoreUnavailable, TrialStore
+
+logger = logging.getLogger(__name__)
+
+BEAT_SECONDS = 2.0  # how often an idle recorder says that it lives; a lease outlasts several of them
+FIRST_RETRY_SECONDS = 0.5
+LONGEST_RETRY_SECONDS = 10.0
+
+
+class Recorder:
+    """A thread that applies writes to a store one by one.
+
+    A store that is away for a while is tried again until it is back. A write that is fenced, or that fails
+    for good, stops the recorder; `check` then raises that error in the caller's thread, where it ends the
+    search.
+
+    Use it as a context manager: leaving it without an error waits until every write is durable.
+    """
+
+    def __init__(self, store: TrialStore) -> None:
+        self._store = store
+        self._queue: queue.Queue[Callable[[TrialStore], None] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="recorder", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self._stop.set()
+        self._queue.put(None)
+        self._thread.join()
+        if kind is None:
+            self.check()
+
+    def write(self, action: Callable[[TrialStore], None]) -> None:
+        """Apply `action` to the store after all that was written before."""
+        self._queue.put(action)
+
+    def flush(self) -> None:
+        """Wait until every write so far is durable.
+
+        Raises:
+            Fenced: If this attempt is over.
+        """
+        done = threading.Event()
+        self._queue.put(lambda _: done.set())
+        while not done.wait(0.1):
+            self.check()
+
+    def check(self) -> None:
+        """Raise what stopped the recorder, if anything did."""
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            while True:
+                try:
+                    action = self._queue.get(timeout=BEAT_SECONDS)
+                except queue.Empty:
+                    action = _beat
+                if action is None:
+                    return
+                self._apply(action)
+        except BaseException as error:
+            if not isinstance(error, Fenced):
+                logger.exception("the recorder stopped")
+            self._error = error
+
+    def _apply(self, action: Callable[[TrialStore], None]) -> None:
+        wait = FIRST_RETRY_SECONDS
+        while True:
+            try:
+                return action(self._store)
+            except StoreUnavailable as error:
+                logger.warning("the store is away, trying again in %.1f s: %s", wait, error)
+                if self._stop.wait(wait):
+                    raise
+                wait = min(2 * wait, LONGEST_RETRY_SECONDS)
+
+
+def _beat(store: TrialStore) -> None:
+    store.beat()

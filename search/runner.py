@@ -1,0 +1,379 @@
+"""Runs a search on Ray: the only file of `search` that knows it.
+
+Ray Tune places the trials, one actor each, kept alive from trial to trial (`reuse_actors`). A searcher, a
+scheduler and a callback of ours pass everything on to the `SearchController`; Tune's own experiment state is
+never read, since the store is the only truth. Facts about Ray that shape this file:
+
+- A stop by the scheduler reaches the callback exactly like a completion: only a completed trial brings an
+  ending.
+- `max_failures` loses a trial whose actor dies in a reset, so it stays 0, and the controller suggests the
+  trial again, which goes on from its own checkpoint.
+- A report comes before Tune's checkpoint. Ours is written before the report and holds the report, so a kill
+  repeats no epoch and leaves no gap.
+- Searcher, scheduler and callback get pickled by Tune; they have nothing to say there.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+from ray.tune import Callback, CheckpointConfig, RunConfig, TuneConfig, Tuner
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from coterie.models.tasks import Task, TaskSet
+from coterie.search.baselines import (
+    make_reference_point,
+    make_yardstick,
+    yardstick_candidate,
+    yardstick_keys,
+)
+from coterie.search.budget import Ledger
+from coterie.search.controller import REASON_LENGTH, SearchController
+from coterie.search.data.base import Dataset
+from coterie.search.objective import Yardstick
+from coterie.search.plan import Plan
+from coterie.search.recorder import Recorder
+from coterie.search.spec import ResourcesSpec
+from coterie.search.store import (
+    ArtifactStore,
+    Candidate,
+    Ending,
+    JobState,
+    Measurement,
+    Reference,
+    ReferenceKey,
+    TrialState,
+    TrialStore,
+)
+from coterie.search.trial import Assignment, Training, make_bench, train_reference
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 1.0
+
+
+class BudgetSpent(Exception):
+    """The job's budget was spent before its yardstick was trained."""
+
+
+def run_search(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobState, str | None]:
+    """Run a job, or go on with it, to its end; Ray must be initialised.
+
+    Args:
+        plan: What to search.
+        store: Of this attempt; holds what earlier attempts left.
+        artifacts: A place that all workers see.
+
+    Returns:
+        State and reason, which are in the store too.
+
+    Raises:
+        Fenced: If a newer attempt has begun, or the job was cancelled: nothing more was written.
+    """
+    resumed = store.resume()
+    ledger = Ledger(plan.spec.budget, resumed)
+    data = plan.source.load(plan.options)
+    data_ref = ray.put(data)
+    with Recorder(store) as recorder:
+        try:
+            yardstick = _measure_yardstick(plan, store, recorder, ledger, data_ref)
+        except BudgetSpent:
+            reason = f"{ledger.spent()}, before the yardstick was trained"
+            ending: tuple[JobState, str | None] = (JobState.FAILED, reason)
+        else:
+            point = resumed.reference_point
+            if point is None:
+                point = make_reference_point(plan, yardstick)
+                fixed = dict(point)
+                recorder.write(lambda store: store.set_reference_point(fixed))
+            controller = SearchController(
+                plan,
+                resumed,
+                recorder,
+                artifacts,
+                ledger,
+                point,
+                _concurrency(plan.spec.budget.concurrent, plan),
+            )
+            _tune(plan, controller, artifacts, data_ref, yardstick)
+            ending = controller.verdict()
+        recorder.write(lambda store: store.finish(*ending))
+        recorder.flush()
+    return ending
+
+
+def _concurrency(wanted: int | None, plan: Plan) -> int:
+    """What the job asks for, else what fits on the nodes that are there now."""
+    if wanted is not None:
+        return wanted
+    wish = plan.spec.resources
+    found = ray.cluster_resources()
+    fits = [found.get("CPU", 0) / wish.cpus]
+    if wish.gpus > 0:
+        fits.append(found.get("GPU", 0) / wish.gpus)
+    return max(1, int(min(fits)))
+
+
+def _measure_yardstick(
+    plan: Plan, store: TrialStore, recorder: Recorder, ledger: Ledger, data: "ray.ObjectRef[Dataset]"
+) -> Yardstick:
+    keys = yardstick_keys(plan)
+    found = store.find_references(keys)
+    wish = plan.spec.resources
+    train = ray.remote(_train_reference).options(num_cpus=wish.cpus, num_gpus=wish.gpus)
+    tasks = {task.name: task for task in plan.tasks}
+    candidate = yardstick_candidate(plan)
+    waiting: dict[Any, ReferenceKey] = {
+        train.remote(tasks[key.task], candidate, key.seed, key.epochs, data, wish): key
+        for key in keys
+        if key not in found
+    }
+    while waiting:
+        recorder.check()
+        if ledger.spent() is not None:
+            for ref in waiting:
+                ray.cancel(ref)
+            raise BudgetSpent
+        done, _ = ray.wait(list(waiting), num_returns=1, timeout=POLL_SECONDS)
+        for ref in done:
+            key, reference = waiting.pop(ref), ray.get(ref)
+            found[key] = reference
+            ledger.charge_reference(reference.device_seconds)
+            recorder.write(partial(_add_reference, key=key, reference=reference))
+    return make_yardstick(plan, found)
+
+
+def _add_reference(store: TrialStore, key: ReferenceKey, reference: Reference) -> None:
+    store.add_reference(key, reference)
+
+
+def _train_reference(
+    task: Task, candidate: Candidate, seed: int, epochs: int, data: Dataset, wish: ResourcesSpec
+) -> Reference:
+    bench = make_bench(TaskSet([task]), data, cpus=wish.cpus, gpus=wish.gpus)
+    return train_reference(task, candidate, seed, epochs, bench)
+
+
+def _tune(
+    plan: Plan,
+    controller: SearchController,
+    artifacts: ArtifactStore,
+    data: "ray.ObjectRef[Dataset]",
+    yardstick: Yardstick,
+) -> None:
+    wish = plan.spec.resources
+    context = {
+        "tasks": plan.tasks,
+        "data": data,
+        "yardstick": yardstick,
+        "artifacts": artifacts,
+        "resources": wish,
+    }
+    trainable = tune.with_resources(
+        tune.with_parameters(TrialActor, context=context), {"cpu": wish.cpus, "gpu": wish.gpus}
+    )
+    relay = _Relay(controller)
+    with _quiet_tune():
+        Tuner(
+            trainable,
+            tune_config=TuneConfig(
+                search_alg=_Suggestions(relay),
+                scheduler=_Stops(relay),
+                num_samples=-1,  # the searcher says when it is over
+                reuse_actors=True,
+                trial_dirname_creator=lambda trial: str(trial.trial_id),
+            ),
+            run_config=RunConfig(
+                name="tune",
+                storage_path=str(artifacts.scratch()),
+                callbacks=[_Events(relay)],
+                checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
+                verbose=0,
+            ),
+        ).fit()
+    if relay.error is not None:
+        raise relay.error
+
+
+@contextmanager
+def _quiet_tune() -> Iterator[None]:
+    """Leave out Tune's own result files and tables, which repeat the store, and warnings of their absence."""
+    logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
+    settings = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+class TrialActor(tune.Trainable):
+    """The process that trains; each call of `step` is one epoch."""
+
+    def setup(self, config: dict[str, Any], context: dict[str, Any] | None = None) -> None:
+        """Put the job's data on the device, then take the first assignment."""
+        assert context is not None  # with_parameters supplies it
+        wish: ResourcesSpec = context["resources"]
+        data = ray.get(context["data"])
+        self._bench = make_bench(context["tasks"], data, cpus=wish.cpus, gpus=wish.gpus)
+        self._yardstick: Yardstick = context["yardstick"]
+        self._artifacts: ArtifactStore = context["artifacts"]
+        self._unusable = False
+        self.reset_config(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Take the next assignment, from its checkpoint where there is one."""
+        if self._unusable:
+            os._exit(1)  # the trial starts again in a new process
+        self._assignment: Assignment = new_config["assignment"]
+        self._checkpoints = self._artifacts.checkpoint_folder(self._assignment.trial_id)
+        self._training: Training | None = None
+        self._unreported: Measurement | None = None
+        return True
+
+    def step(self) -> dict[str, Any]:
+        """Train an epoch, keep it, report it; after the last one the trial's ending too.
+
+        What a candidate raises is its ending, so that an error that reaches Tune always means a dead process.
+        """
+        try:
+            return self._advance()
+        except Exception as error:
+            logger.exception("trial %s failed", self._assignment.trial_id)
+            self._unusable = self._bench.device.type == "cuda"  # an error there can break the whole process
+            training = self._training
+            ending = Ending(
+                state=TrialState.FAILED,
+                reason=f"{type(error).__name__}: {error}"[:REASON_LENGTH],
+                epochs=0 if training is None else training.epoch,
+                device_seconds=0.0 if training is None else training.device_seconds,
+            )
+            return {"measurement": None, "ending": ending, "done": True}
+
+    def _advance(self) -> dict[str, Any]:
+        if self._training is None:
+            self._training = Training(self._assignment, self._bench, self._yardstick)
+            self._unreported = self._training.restore(self._checkpoints)
+        training = self._training
+        measurement, self._unreported = self._unreported, None
+        if measurement is None:
+            measurement = training.run_epoch()
+            training.save(self._checkpoints, measurement)
+        report: dict[str, Any] = {"measurement": measurement, "ending": None, "done": training.done}
+        if training.done:
+            report["ending"] = training.finish(self._artifacts.trial_folder(self._assignment.trial_id))
+        return report
+
+
+class _Relay:
+    """What Tune's three hooks share: Tune's trial ids, and the error that ended the search.
+
+    An exception in a hook would end the Tuner in ways that differ from hook to hook, so it is kept here, and
+    the search winds down.
+    """
+
+    def __init__(self, controller: SearchController) -> None:
+        self.controller = controller
+        self.ours: dict[str, str] = {}
+        self.error: BaseException | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    @contextmanager
+    def guard(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self.error = self.error or error
+
+
+class _Suggestions(Searcher):
+    def __init__(self, relay: _Relay) -> None:
+        super().__init__()
+        self._relay = relay
+
+    def suggest(self, trial_id: str) -> Any:
+        with self._relay.guard():
+            if self._relay.error is None:
+                assignment = self._relay.controller.suggest()
+                if assignment is not None:
+                    self._relay.ours[trial_id] = assignment.trial_id
+                    return {"assignment": assignment}
+                if not self._relay.controller.over:
+                    return None
+        return Searcher.FINISHED
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        pass  # the callback has more to tell
+
+    def save(self, checkpoint_path: str) -> None:
+        pass  # rebuilt from the store
+
+    def restore(self, checkpoint_path: str) -> None:
+        raise NotImplementedError("a search goes on from its store")
+
+
+class _Stops(FIFOScheduler):
+    def __init__(self, relay: _Relay) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._relay = relay
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        relay, go_on = self._relay, False
+        with relay.guard():
+            go_on = relay.controller.measured(relay.ours[trial.trial_id], result["measurement"])
+        if go_on and relay.error is None:
+            return str(TrialScheduler.CONTINUE)
+        return str(TrialScheduler.STOP)
+
+
+class _Events(Callback):
+    def __init__(self, relay: _Relay) -> None:
+        self._relay = relay
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        with self._relay.guard():
+            self._relay.controller.started(self._relay.ours[trial.trial_id])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        # Tune asks the scheduler only about trials that go on: the last report is recorded here.
+        if result["ending"] is not None and result["measurement"] is not None:
+            with self._relay.guard():
+                self._relay.controller.measured(self._relay.ours[trial.trial_id], result["measurement"])
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        relay = self._relay
+        if relay.error is not None:
+            return
+        with relay.guard():
+            ending: Ending | None = trial.last_result["ending"]
+            trial_id = relay.ours.pop(trial.trial_id)
+            if ending is not None:
+                relay.controller.ended(trial_id, ending)
+            else:
+                relay.controller.stopped(trial_id)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        relay = self._relay
+        if relay.error is not None:
+            return
+        with relay.guard():
+            lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
+            relay.controller.crashed(relay.ours.pop(trial.trial_id), lines[-1] if lines else "no word of why")

@@ -1,0 +1,475 @@
+"""What a search needs of storage: the interfaces, the records they exchange, and in-memory stores.
+
+The contract, for every store (`tests/contracts/` holds each to it):
+
+- A store belongs to one job and to one attempt at it, and may be called from several threads. Once a newer
+  attempt has begun, or the job has ended, every write raises `Fenced` and changes nothing.
+- Each write is atomic, and durable when the call returns.
+- An ended trial is immutable: writing to it raises `TrialEnded`.
+- A store that cannot be reached raises `StoreUnavailable`. The write may or may not have happened.
+- What comes out is the caller's: changing it changes nothing in the store.
+"""
+
+import copy
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, Protocol
+
+Values = dict[str, float | None]
+
+
+class TrialState(StrEnum):
+    """Where a trial stands; see `ENDED` for the final ones."""
+
+    PENDING = "pending"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    STOPPED = "stopped"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+ENDED = frozenset({TrialState.COMPLETED, TrialState.STOPPED, TrialState.FAILED, TrialState.CANCELLED})
+
+
+class JobState(StrEnum):
+    """Where a job stands."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    PAUSED = "paused"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+JOB_ENDED = frozenset({JobState.SUCCEEDED, JobState.FAILED, JobState.CANCELLED})
+
+
+class Fenced(Exception):
+    """A newer attempt at the job has begun, or the job has ended: this driver must stop."""
+
+
+class StoreUnavailable(Exception):
+    """The store is away; what was being written may be written again, with the same result."""
+
+
+class TrialEnded(Exception):
+    """The trial has ended, and an ended trial never changes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A family with all its hyper-parameters fixed.
+
+    Attributes:
+        family: Name of the family.
+        backbone: Name of the backbone.
+        parameters: Dimension -> value: the recipe, the backbone's and the family's own.
+    """
+
+    family: str
+    backbone: str
+    parameters: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """What one epoch of a trial gave, on the validation split.
+
+    Attributes:
+        epoch: Epochs trained, from 1.
+        values: Metric name -> value.
+        tasks: Task name -> metric name -> value.
+        device_seconds: Devices reserved times time since the trial's start, interruptions left out.
+        worker: Host and process that trained.
+    """
+
+    epoch: int
+    values: Values
+    tasks: Mapping[str, Mapping[str, float]]
+    device_seconds: float
+    worker: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a trial ended, and what it reached.
+
+    Attributes:
+        state: One of `ENDED`.
+        reason: Why, where it did not simply complete.
+        values: Validation value of every metric; empty unless completed.
+        test: The same on the test split: reported, never used to choose.
+        tasks: Task -> {"validation": {metric: value}, "test": {metric: value}}.
+        grouping: Groups of task names, where the network has them.
+        epochs: Epochs trained.
+        device_seconds: As in `Measurement`.
+        files: Names of the artifacts kept, with size in bytes and SHA-256.
+    """
+
+    state: TrialState
+    reason: str | None = None
+    values: Values = field(default_factory=dict)
+    test: Values = field(default_factory=dict)
+    tasks: Mapping[str, Any] = field(default_factory=dict)
+    grouping: list[list[str]] | None = None
+    epochs: int = 0
+    device_seconds: float = 0.0
+    files: Mapping[str, "StoredFile"] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredFile:
+    """An artifact's size in bytes and SHA-256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrontUpdate:
+    """How a completed trial changed the front.
+
+    Attributes:
+        on_front: Whether the trial is on it.
+        displaced: Trials that it dominates and that were on it.
+        hypervolume: After it; None where no reference point exists.
+        size: Points on the front after it.
+    """
+
+    on_front: bool
+    displaced: tuple[str, ...]
+    hypervolume: float | None
+    size: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trial:
+    """One training of one candidate with one seed, as stored.
+
+    Attributes:
+        id: Ours, unique over all jobs.
+        number: Its place among the job's trials, from 0.
+        candidate: What is trained.
+        choices: The sampler's choice by name of dimension: what a rebuilt sampler is told.
+        seed: Seeds initialisation, shuffling and noise.
+        state: Where it stands.
+        crashes: How often its process died.
+        ending: What it reached; None until it ended.
+        epochs: Epochs measured so far.
+        device_seconds: Charged so far.
+    """
+
+    id: str
+    number: int
+    candidate: Candidate
+    choices: Mapping[str, Any]
+    seed: int
+    state: TrialState = TrialState.PENDING
+    crashes: int = 0
+    ending: Ending | None = None
+    epochs: int = 0
+    device_seconds: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceKey:
+    """What decides a single-task reference network, and so who may share it.
+
+    Attributes:
+        data: Fingerprint of source and options, so of data and splits.
+        task: The one task.
+        backbone: Name and shape of the backbone.
+        recipe: The optimiser's settings, canonical.
+        epochs: Length of the training.
+        seed: Which of the replicates.
+    """
+
+    data: str
+    task: str
+    backbone: str
+    recipe: str
+    epochs: int
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """What a single-task reference network reached: metric values, device seconds, latency in ms."""
+
+    validation: Mapping[str, float]
+    test: Mapping[str, float]
+    device_seconds: float
+    latency_ms: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """All that a driver must know to go on with a job.
+
+    Attributes:
+        trials: By number.
+        seconds: Time that earlier attempts ran.
+        reference_device_seconds: Charged to this job for the references that it trained.
+        reference_point: Of the hypervolume, by objective; None until it is known.
+    """
+
+    trials: Sequence[Trial]
+    seconds: float
+    reference_device_seconds: float
+    reference_point: Mapping[str, float] | None
+
+
+class TrialStore(Protocol):
+    """Where a search keeps its trials: the contract is in the module's docstring."""
+
+    def resume(self) -> Resumed:
+        """Read all that this job has so far."""
+
+    def beat(self) -> None:
+        """Say that this attempt lives; raises `Fenced` where it should not."""
+
+    def add_trial(self, trial: Trial) -> None:
+        """Add a pending trial. Its number and id are new."""
+
+    def start_trial(self, trial_id: str) -> None:
+        """A pending trial runs."""
+
+    def measure(self, trial_id: str, measurement: Measurement) -> None:
+        """Add or replace the trial's measurement of that epoch."""
+
+    def preempt(self, trial_id: str) -> None:
+        """A running trial's process died: pending again, one more crash."""
+
+    def end_trial(self, trial_id: str, ending: Ending, front: FrontUpdate | None) -> None:
+        """End a trial, and for a completed one move the front, in one step."""
+
+    def set_reference_point(self, point: Mapping[str, float]) -> None:
+        """Fix the job's reference point, once."""
+
+    def find_references(self, keys: Sequence[ReferenceKey]) -> dict[ReferenceKey, Reference]:
+        """Those of `keys` that some job has trained."""
+
+    def add_reference(self, key: ReferenceKey, reference: Reference) -> None:
+        """Keep a reference; where another job was faster, the first one stays. Charged to this job."""
+
+    def finish(self, state: JobState, reason: str | None) -> None:
+        """End the job; trials that have not ended become cancelled."""
+
+
+class ArtifactStore(Protocol):
+    """Where the files of a job's trials live. Paths are ours: ids, never a user's words."""
+
+    def trial_folder(self, trial_id: str) -> Path:
+        """The folder of a trial's artifacts, existing."""
+
+    def checkpoint_folder(self, trial_id: str) -> Path:
+        """The folder of a trial's checkpoint, existing or not."""
+
+    def scratch(self) -> Path:
+        """A folder of the job for the runner's own files, existing."""
+
+
+@dataclass(frozen=True)
+class FolderArtifacts:
+    """Artifacts of one job in a folder that every worker sees; picklable."""
+
+    root: Path
+
+    def trial_folder(self, trial_id: str) -> Path:  # noqa: D102 - ArtifactStore says it
+        return self._made("trials", trial_id)
+
+    def checkpoint_folder(self, trial_id: str) -> Path:  # noqa: D102
+        return self.root / "checkpoints" / trial_id
+
+    def scratch(self) -> Path:  # noqa: D102
+        return self._made("scratch")
+
+    def _made(self, *parts: str) -> Path:
+        folder = self.root.joinpath(*parts)
+        folder.mkdir(parents=True, exist_ok=True)
+        return folder
+
+
+class InMemoryStore:
+    """A `TrialStore` without a database: for `run_search` in a script, and the tests' oracle.
+
+    `attempt()` begins a new attempt on the same job, as a restarted driver does.
+    """
+
+    def __init__(self, shared: "_Memory | None" = None) -> None:
+        self._memory = shared or _Memory()
+        with self._memory.lock:
+            self._memory.attempt += 1
+            self._attempt = self._memory.attempt
+            self._seconds_before = self._memory.seconds
+            self._began = time.monotonic()
+
+    def attempt(self) -> "InMemoryStore":
+        """A store of a newer attempt at the same job."""
+        return InMemoryStore(self._memory)
+
+    @property
+    def trials(self) -> list[Trial]:
+        """All trials, by number."""
+        with self._memory.lock:
+            return copy.deepcopy(sorted(self._memory.trials.values(), key=lambda trial: trial.number))
+
+    @property
+    def measurements(self) -> dict[tuple[str, int], Measurement]:
+        """All measurements by trial id and epoch."""
+        with self._memory.lock:
+            return copy.deepcopy(self._memory.measurements)
+
+    @property
+    def front(self) -> set[str]:
+        """Ids of the trials on the front."""
+        with self._memory.lock:
+            return set(self._memory.front)
+
+    @property
+    def history(self) -> list[tuple[str, float | None]]:
+        """Trial id and hypervolume after each completed trial."""
+        with self._memory.lock:
+            return list(self._memory.history)
+
+    @property
+    def state(self) -> tuple[JobState, str | None]:
+        """State and reason of the job."""
+        with self._memory.lock:
+            return self._memory.state, self._memory.reason
+
+    def resume(self) -> Resumed:  # noqa: D102 - TrialStore says it
+        with self._memory.lock:
+            return Resumed(
+                trials=self.trials,
+                seconds=self._seconds_before,
+                reference_device_seconds=self._memory.reference_device_seconds,
+                reference_point=copy.deepcopy(self._memory.reference_point),
+            )
+
+    def beat(self) -> None:  # noqa: D102
+        with self._writing():
+            pass
+
+    def add_trial(self, trial: Trial) -> None:  # noqa: D102
+        with self._writing() as memory:
+            if trial.id in memory.trials or any(t.number == trial.number for t in memory.trials.values()):
+                raise ValueError(f"trial {trial.id}, number {trial.number}: id and number must be new")
+            memory.trials[trial.id] = copy.deepcopy(trial)
+
+    def start_trial(self, trial_id: str) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.trials[trial_id] = replace(self._live(trial_id), state=TrialState.RUNNING)
+
+    def measure(self, trial_id: str, measurement: Measurement) -> None:  # noqa: D102
+        with self._writing() as memory:
+            trial = self._live(trial_id)
+            memory.measurements[trial_id, measurement.epoch] = copy.deepcopy(measurement)
+            memory.trials[trial_id] = replace(
+                trial,
+                state=TrialState.RUNNING,
+                epochs=measurement.epoch,
+                device_seconds=measurement.device_seconds,
+            )
+
+    def preempt(self, trial_id: str) -> None:  # noqa: D102
+        with self._writing() as memory:
+            trial = self._live(trial_id)
+            memory.trials[trial_id] = replace(trial, state=TrialState.PENDING, crashes=trial.crashes + 1)
+
+    def end_trial(self, trial_id: str, ending: Ending, front: FrontUpdate | None) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.trials[trial_id] = replace(
+                self._live(trial_id),
+                state=ending.state,
+                ending=copy.deepcopy(ending),
+                epochs=ending.epochs,
+                device_seconds=ending.device_seconds,
+            )
+            if front is not None:
+                memory.front -= set(front.displaced)
+                if front.on_front:
+                    memory.front.add(trial_id)
+                memory.history.append((trial_id, front.hypervolume))
+
+    def set_reference_point(self, point: Mapping[str, float]) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.reference_point = dict(point)
+
+    def find_references(self, keys: Sequence[ReferenceKey]) -> dict[ReferenceKey, Reference]:  # noqa: D102
+        with self._memory.lock:
+            return {key: self._memory.references[key] for key in keys if key in self._memory.references}
+
+    def add_reference(self, key: ReferenceKey, reference: Reference) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.references.setdefault(key, reference)
+            memory.reference_device_seconds += reference.device_seconds
+
+    def finish(self, state: JobState, reason: str | None) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.state, memory.reason = state, reason
+            for trial in memory.trials.values():
+                if trial.state not in ENDED:
+                    memory.trials[trial.id] = replace(
+                        trial,
+                        state=TrialState.CANCELLED,
+                        ending=Ending(
+                            state=TrialState.CANCELLED,
+                            epochs=trial.epochs,
+                            device_seconds=trial.device_seconds,
+                        ),
+                    )
+
+    def _live(self, trial_id: str) -> Trial:
+        trial = self._memory.trials[trial_id]
+        if trial.state in ENDED:
+            raise TrialEnded(f"trial {trial_id} is {trial.state}: an ended trial never changes")
+        return trial
+
+    def _writing(self) -> "_Writing":
+        return _Writing(self._memory, self._attempt, self._seconds_before, self._began)
+
+
+@dataclass
+class _Memory:
+    trials: dict[str, Trial] = field(default_factory=dict)
+    measurements: dict[tuple[str, int], Measurement] = field(default_factory=dict)
+    references: dict[ReferenceKey, Reference] = field(default_factory=dict)
+    reference_device_seconds: float = 0.0
+    reference_point: dict[str, float] | None = None
+    front: set[str] = field(default_factory=set)
+    history: list[tuple[str, float | None]] = field(default_factory=list)
+    state: JobState = JobState.RUNNING
+    reason: str | None = None
+    attempt: int = 0
+    seconds: float = 0.0
+    lock: Any = field(default_factory=threading.RLock)
+
+
+@dataclass
+class _Writing:
+    """Holds the lock, refuses an old attempt, and keeps the time that the attempt ran."""
+
+    memory: _Memory
+    attempt: int
+    seconds_before: float
+    began: float
+
+    def __enter__(self) -> _Memory:
+        self.memory.lock.acquire()
+        if self.attempt != self.memory.attempt or self.memory.state != JobState.RUNNING:
+            self.memory.lock.release()
+            raise Fenced(
+                f"attempt {self.attempt} is over: the job is at {self.memory.attempt}, {self.memory.state}"
+            )
+        self.memory.seconds = self.seconds_before + time.monotonic() - self.began
+        return self.memory
+
+    def __exit__(self, *_: object) -> None:
+        self.memory.lock.release()
