@@ -1,0 +1,92 @@
+"""The server: `create_app(settings)` builds it, its lifespan opens and closes what it needs."""
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from typing import Any
+
+from anyio.to_thread import run_sync
+from fastapi import FastAPI
+
+from coterie.service import VERSION, schemas
+from coterie.service.config import Settings
+from coterie.service.context import Context, Dispatcher
+from coterie.service.errors import install_handlers
+from coterie.service.routes import architectures, catalogue, fronts, health, jobs, page, trials
+from coterie.service.storage import migrate
+from coterie.service.storage.database import Database
+
+_ROUTERS = (
+    jobs.router,
+    trials.router,
+    fronts.router,
+    architectures.router,
+    catalogue.router,
+    health.router,
+    page.router,
+)
+_COMPONENT = "#/components/schemas/{model}"
+
+
+class Server(FastAPI):
+    """FastAPI whose document also describes the problem documents."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The OpenAPI document."""
+        document = super().openapi()
+        problem = schemas.Problem.model_json_schema(ref_template=_COMPONENT)
+        document["components"]["schemas"] |= {**problem.pop("$defs"), "Problem": problem}
+        return document
+
+
+def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> FastAPI:
+    """Build the server; nothing is opened before its lifespan begins.
+
+    Args:
+        settings: The operator's.
+        dispatcher: What runs the jobs; by default Ray does.
+    """
+    app = Server(
+        title="Coterie",
+        version=VERSION,
+        description="Search for multi-task learning: which tasks to learn together, and in which network.",
+        lifespan=_lifespan(settings, dispatcher),
+        redirect_slashes=False,
+        # One JobSpec in the document: what may be left out going in, though it always comes out.
+        separate_input_output_schemas=False,
+    )
+    install_handlers(app)
+    for router in _ROUTERS:
+        app.include_router(router)
+    return app
+
+
+def _lifespan(
+    settings: Settings, given: Dispatcher | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        database = await run_sync(_open_database, settings)
+        try:
+            dispatcher = given if given is not None else await run_sync(_ray_dispatcher, settings, database)
+            app.state.context = Context(settings, database, dispatcher)
+            await run_sync(dispatcher.start)
+            try:
+                yield
+            finally:
+                await run_sync(dispatcher.stop)
+        finally:
+            database.close()
+
+    return lifespan
+
+
+def _open_database(settings: Settings) -> Database:
+    settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    migrate.prepare(settings.url)
+    return Database(settings.url)
+
+
+def _ray_dispatcher(settings: Settings, database: Database) -> Dispatcher:
+    from coterie.service.dispatcher import Dispatcher as RayDispatcher  # slow to import: it brings Ray
+
+    return RayDispatcher(settings, database)

@@ -1,0 +1,164 @@
+"""Errors as HTTP sees them: one table, and the problem documents (RFC 9457) made from it."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.routing import Match
+
+from coterie.search.plan import Fault, SpecError, escape
+from coterie.service import schemas
+from coterie.service.body import LIMIT_POINTER, MalformedBody
+from coterie.service.cursors import InvalidQuery
+from coterie.service.fronts import NoneFits
+from coterie.service.routes.reading import BodyTooLarge, WrongContentType
+from coterie.service.storage.database import DatabaseUnavailable
+from coterie.service.storage.repositories import Conflict, NotFound
+
+MEDIA_TYPE = "application/problem+json"
+METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of problem: the status, and `type` and title of its documents."""
+
+    status: HTTPStatus
+    name: str
+    title: str
+
+
+BAD_QUERY = Kind(HTTPStatus.BAD_REQUEST, "bad-query", "A query or header parameter can't be used")
+NOT_FOUND = Kind(HTTPStatus.NOT_FOUND, "not-found", "There is no such thing")
+INTERNAL = Kind(HTTPStatus.INTERNAL_SERVER_ERROR, "internal", "The server made a mistake")
+KINDS: Mapping[type[Exception], Kind] = {
+    MalformedBody: Kind(HTTPStatus.BAD_REQUEST, "malformed-body", "The body is not a JSON document"),
+    ClientDisconnect: Kind(HTTPStatus.BAD_REQUEST, "malformed-body", "The body did not arrive"),
+    InvalidQuery: BAD_QUERY,
+    NotFound: NOT_FOUND,
+    NoneFits: Kind(HTTPStatus.NOT_FOUND, "none-fits", "No trial keeps the limits"),
+    Conflict: Kind(HTTPStatus.CONFLICT, "conflict", "The state forbids it"),
+    BodyTooLarge: Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body-too-large", "The body is too large"),
+    WrongContentType: Kind(
+        HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wrong-content-type", "The body is not sent as JSON"
+    ),
+    SpecError: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-spec", "The job can't be run as specified"),
+    DatabaseUnavailable: Kind(
+        HTTPStatus.SERVICE_UNAVAILABLE, "database-unavailable", "The database does not answer"
+    ),
+}
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make every error of the app a problem document."""
+    for error in KINDS:
+        app.add_exception_handler(error, _handle_ours)
+    app.add_exception_handler(RequestValidationError, _handle_parameters)
+    app.add_exception_handler(HTTPException, _handle_http)
+    app.add_exception_handler(Exception, _handle_unexpected)
+
+
+def _handle_ours(request: Request, error: Exception) -> JSONResponse:
+    kind = next(KINDS[kind] for kind in type(error).__mro__ if kind in KINDS)
+    if isinstance(error, SpecError | InvalidQuery):
+        return _problem(request, kind, _summary(error.faults), faults=error.faults)
+    if isinstance(error, NoneFits) and error.nearest is not None:
+        trial_id, values = error.nearest
+        return _problem(
+            request, kind, str(error), nearest=schemas.NearestMiss(trial_id=trial_id, values=values)
+        )
+    if isinstance(error, DatabaseUnavailable):
+        logger.error("database unavailable: %s", error)
+        return _problem(request, kind, "try again in a moment")
+    response = _problem(request, kind, str(error) or kind.title)
+    if isinstance(error, BodyTooLarge):
+        response.headers["Connection"] = "close"  # or the server would go on to read what the client sends
+    return response
+
+
+def _handle_parameters(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    found = error.errors()
+    if any(fault["loc"][0] == "path" for fault in found):
+        return _problem(request, NOT_FOUND, "this path holds no id that could exist")
+    faults = [
+        Fault(("/" + "/".join(map(escape, fault["loc"])))[:LIMIT_POINTER], fault["msg"]) for fault in found
+    ]
+    return _problem(request, BAD_QUERY, _summary(faults), faults=faults)
+
+
+def _handle_http(request: Request, error: Exception) -> JSONResponse:
+    """What the router raises: an unknown path, or a known one with another method."""
+    assert isinstance(error, HTTPException)
+    status = HTTPStatus(error.status_code)
+    if status == HTTPStatus.NOT_FOUND:
+        return _problem(request, NOT_FOUND, "there is nothing at this path")
+    response = _problem(
+        request, Kind(status, status.name.lower().replace("_", "-"), status.phrase), error.detail
+    )
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        response.headers["Allow"] = ", ".join(_allowed(request))
+    return response
+
+
+def _handle_unexpected(request: Request, _: Exception) -> JSONResponse:
+    """Starlette raises the error again afterwards, so that the server logs its trace."""
+    logger.error("unexpected error in %s %s", request.method, request.url.path)
+    return _problem(request, INTERNAL, "this is a fault of the server, and its log says more")
+
+
+def _allowed(request: Request) -> list[str]:
+    """The methods of all routes at this path: the router names only those of the first."""
+    return [
+        method
+        for method in METHODS
+        if any(
+            route.matches({**request.scope, "method": method})[0] is Match.FULL
+            for route in request.app.routes
+        )
+    ]
+
+
+def _summary(faults: Sequence[Fault]) -> str:
+    first = f"{faults[0].pointer}: {faults[0].detail}" if faults[0].pointer else faults[0].detail
+    return first if len(faults) == 1 else f"{first} (and {len(faults) - 1} more)"
+
+
+def _problem(
+    request: Request,
+    kind: Kind,
+    detail: str,
+    *,
+    faults: Sequence[Fault] | None = None,
+    nearest: schemas.NearestMiss | None = None,
+) -> JSONResponse:
+    problem = schemas.Problem(
+        type=f"urn:coterie:problem:{kind.name}",
+        title=kind.title,
+        status=kind.status,
+        detail=detail,
+        instance=request.url.path[:LIMIT_POINTER],
+        errors=None
+        if faults is None
+        else [schemas.Fault(pointer=f.pointer, detail=f.detail) for f in faults],
+        nearest=nearest,
+    )
+    members = {name: value for name, value in problem.model_dump().items() if value is not None}
+    return JSONResponse(members, status_code=kind.status, media_type=MEDIA_TYPE)
+
+
+def problem_responses(*statuses: HTTPStatus) -> dict[int | str, dict[str, Any]]:
+    """What an endpoint declares in OpenAPI: these errors, and that all others look the same."""
+    content = {MEDIA_TYPE: {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    named: dict[int | str, dict[str, Any]] = {
+        int(status): {"description": status.phrase, "content": content} for status in statuses
+    }
+    return named | {"default": {"description": "Any other error", "content": content}}

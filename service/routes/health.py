@@ -1,0 +1,36 @@
+"""Whether the server lives, and whether it can run jobs."""
+
+from http import HTTPStatus
+
+from fastapi import APIRouter, Response
+
+from coterie.service import VERSION, schemas
+from coterie.service.errors import problem_responses
+from coterie.service.routes.parameters import ContextOf
+from coterie.service.storage.database import DatabaseUnavailable
+
+router = APIRouter(tags=["health"], responses=problem_responses())
+
+
+@router.get("/healthz")
+def read_health() -> schemas.Health:
+    """Say that the server lives."""
+    return schemas.Health(status="ok", version=VERSION)
+
+
+@router.get("/readyz", responses={503: {"model": schemas.Readiness, "description": "It can't run jobs now"}})
+def read_readiness(context: ContextOf, response: Response) -> schemas.Readiness:
+    """Say whether database and Ray are there."""
+    try:
+        context.database.check_reachable()
+        database = schemas.Check(ok=True, detail="reachable")
+    except DatabaseUnavailable as error:
+        database = schemas.Check(ok=False, detail=str(error))
+    ray_ready, found = context.dispatcher.ready()
+    ready = database.ok and ray_ready
+    if not ready:
+        response.status_code = HTTPStatus.SERVICE_UNAVAILABLE
+    return schemas.Readiness(
+        status="ready" if ready else "not ready",
+        checks={"database": database, "ray": schemas.Check(ok=ray_ready, detail=found)},
+    )

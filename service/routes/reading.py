@@ -1,0 +1,37 @@
+"""Reading the body of a request, however much is sent."""
+
+from fastapi import Request
+
+LIMIT_BYTES = 1_000_000
+DRAIN_BYTES = 10_000_000  # so much more is read and dropped, so that the client gets to read the answer
+
+
+class BodyTooLarge(Exception):
+    """The body is over `LIMIT_BYTES`."""
+
+
+class WrongContentType(Exception):
+    """The body does not say that it is JSON."""
+
+
+async def read_body(request: Request) -> bytes:
+    """Read a body that says it is JSON.
+
+    Raises:
+        BodyTooLarge: If it is over the limit.
+        WrongContentType: If it says that it is something else, or nothing. Browsers send such bodies across
+            origins without asking.
+    """
+    body = bytearray()
+    read = 0
+    async for chunk in request.stream():
+        read += len(chunk)
+        if read <= LIMIT_BYTES:
+            body += chunk
+        if read > DRAIN_BYTES:
+            break
+    if read > LIMIT_BYTES:
+        raise BodyTooLarge(f"the body must be at most {LIMIT_BYTES:,} bytes")
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise WrongContentType("the body must be JSON, sent with Content-Type: application/json")
+    return bytes(body)

@@ -1,0 +1,277 @@
+"""What the API answers. The contract is `architecture.md`; what goes in is `coterie.search.spec.JobSpec`."""
+
+from datetime import datetime
+from typing import Annotated, Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from coterie.models.tasks import Direction, TaskKind
+from coterie.search.spec import JobSpec
+from coterie.search.store import JobState, TrialState
+
+Item = TypeVar("Item")
+Values = dict[str, float | None]
+Grouping = list[list[str]]
+GroupingField = Annotated[
+    Grouping | None, Field(description="Groups of task names; null where the family has none.")
+]
+At = Annotated[datetime, Field(description="When, in UTC.")]
+
+
+class Schema(BaseModel):
+    """Frozen; a field whose name Python or pydantic keeps to itself goes by its alias."""
+
+    model_config = ConfigDict(frozen=True, validate_by_name=True, validate_by_alias=True)
+
+
+class Page(Schema, Generic[Item]):
+    """A part of a list."""
+
+    items: list[Item] = Field(description="The items, in the order asked for.")
+    next_cursor: str | None = Field(description="Give it as `cursor` to get what follows; null at the end.")
+
+
+class Fault(Schema):
+    """One thing that is wrong with a request."""
+
+    pointer: str = Field(
+        description="JSON pointer into the body, or /query/<name>, /header/<name> for a parameter."
+    )
+    detail: str = Field(description="What is wrong with it.")
+
+
+class NearestMiss(Schema):
+    """The trial that comes closest to keeping the limits."""
+
+    trial_id: str = Field(description="Its id.")
+    values: Values = Field(description="Its validation value of each metric.")
+
+
+class Problem(Schema):
+    """An error, as RFC 9457 (`application/problem+json`) has it."""
+
+    type: str = Field(description="Names the kind of problem.")
+    title: str = Field(description="The kind of problem, in words.")
+    status: int = Field(description="The HTTP status.", ge=400, le=599)
+    detail: str = Field(description="What is wrong with this request.")
+    instance: str = Field(description="Path of the request.")
+    errors: list[Fault] | None = Field(default=None, description="Each fault, where there may be several.")
+    nearest: NearestMiss | None = Field(
+        default=None, description="Where no trial keeps the limits given: the one that comes closest."
+    )
+
+
+class TrialCounts(Schema):
+    """Candidates by state."""
+
+    pending: int = Field(description="Waiting to run, or to go on after an interruption.")
+    running: int = Field(description="Training now.")
+    completed: int = Field(description="Trained to the end.")
+    stopped: int = Field(description="Ended early, because others were better.")
+    failed: int = Field(description="Ended by an error of their own.")
+
+
+class CountBudget(Schema):
+    """A budget counted in whole things."""
+
+    used: int = Field(description="Used so far.")
+    total: int | None = Field(description="All there is; null where the job sets no limit.")
+
+
+class SecondsBudget(Schema):
+    """A budget of time."""
+
+    used: float = Field(description="Used so far, in seconds.")
+    total: float | None = Field(description="All there is, in seconds; null where the job sets no limit.")
+
+
+class BudgetUse(Schema):
+    """What a job has used of its budget."""
+
+    trials: CountBudget = Field(description="Candidates that completed or were stopped early.")
+    seconds: SecondsBudget = Field(description="Time that the job ran.")
+    device_seconds: SecondsBudget = Field(description="Devices reserved × time, references included.")
+    failures: CountBudget = Field(description="Candidates that failed.")
+
+
+class Progress(Schema):
+    """How far a job is."""
+
+    trials: TrialCounts = Field(description="Candidates by state.")
+    budget: BudgetUse = Field(description="Used and total, by kind.")
+    eta_seconds: float | None = Field(
+        description="Time left at the pace so far; null until a trial has ended, and unless the job runs."
+    )
+
+
+class JobLinks(Schema):
+    """Where else to look."""
+
+    self_: str = Field(alias="self", description="This job.")
+    front: str = Field(description="Its front.")
+    trials: str = Field(description="Its trials.")
+    logs: str = Field(description="The end of its driver's log.")
+    ray_dashboard: str | None = Field(
+        description="Its page in the Ray dashboard; null until it was submitted there."
+    )
+
+
+class Job(Schema):
+    """A search job."""
+
+    id: str = Field(description="Opaque, starts with job_.")
+    name: str = Field(description="As its spec has it.")
+    state: JobState = Field(
+        description="queued, running, paused, then succeeded, failed or cancelled for good."
+    )
+    reason: str | None = Field(description="Why it is in this state, where that is not plain.")
+    spec: JobSpec = Field(description="What was asked for, defaults filled in.")
+    tenant: str = Field(description="Whose it is.")
+    priority: int = Field(description="Jobs of higher priority start first.")
+    created_at: datetime = Field(description="When it was submitted, in UTC.")
+    started_at: datetime | None = Field(description="When it first ran, in UTC.")
+    ended_at: datetime | None = Field(description="When it ended, in UTC.")
+    progress: Progress = Field(description="How far it is.")
+    hypervolume: float | None = Field(description="Of its front; null until the reference point is known.")
+    links: JobLinks = Field(description="Where else to look.")
+
+
+class TrialLinks(Schema):
+    """Where else to look."""
+
+    self_: str = Field(alias="self", description="This trial.")
+    job: str = Field(description="Its job.")
+    measurements: str = Field(description="Its values by epoch.")
+    architecture: str | None = Field(description="The network that it ended with; null unless it completed.")
+    model: str | None = Field(description="The network's weights; null unless it completed.")
+
+
+class Trial(Schema):
+    """One training of one candidate with one seed."""
+
+    id: str = Field(description="Opaque, starts with trial_.")
+    job_id: str = Field(description="Its job.")
+    number: int = Field(description="Its place among the job's trials, from 0.")
+    state: TrialState = Field(
+        description="pending, running, then completed, stopped, failed or cancelled for good."
+    )
+    reason: str | None = Field(description="Why it ended, where it did not complete.")
+    family: str = Field(description="The way to share between tasks.")
+    backbone: str = Field(description="The network that is shared.")
+    candidate: dict[str, Any] = Field(description="Its parameters: recipe, backbone's and family's.")
+    seed: int = Field(description="Seeds initialisation, shuffling and noise.")
+    grouping: GroupingField
+    values: Values = Field(
+        description="Every objective's and cost metric's validation value, null until measured."
+    )
+    tasks: dict[str, Any] = Field(description="By task: its metric on the validation and on the test split.")
+    test: Values = Field(description="As values, on the test split: reported, never used to choose.")
+    epochs: int = Field(description="Epochs trained so far.")
+    device_seconds: float = Field(description="Charged so far.")
+    worker: str | None = Field(description="Host and process that trained it last.")
+    on_front: bool = Field(description="Whether no other trial dominates it.")
+    started_at: datetime | None = Field(description="When it first ran, in UTC.")
+    ended_at: datetime | None = Field(description="When it ended, in UTC.")
+    links: TrialLinks = Field(description="Where else to look.")
+
+
+class Measurement(Schema):
+    """What one epoch of a trial gave, on the validation split."""
+
+    epoch: int = Field(description="Epochs trained, from 1.")
+    values: Values = Field(description="Value by metric.")
+    tasks: dict[str, dict[str, float | None]] = Field(description="Value by task and metric.")
+    device_seconds: float = Field(description="Charged to the trial until then.")
+    at: At
+
+
+class Objective(Schema):
+    """A metric and the direction in which it is better."""
+
+    metric: str = Field(description="Name of the metric.")
+    direction: Direction = Field(description="Which way it is better.")
+
+
+class FrontPoint(Schema):
+    """A trial on the front."""
+
+    trial_id: str = Field(description="Its id.")
+    values: Values = Field(description="Its validation value of each metric.")
+    family: str = Field(description="The way to share between tasks.")
+    grouping: GroupingField
+    test: Values = Field(description="As values, on the test split.")
+
+
+class Front(Schema):
+    """The trials that no other trial dominates."""
+
+    objectives: list[Objective] = Field(description="What the front is made of.")
+    reference_point: dict[str, float] | None = Field(
+        description="Worst value that counts, by objective; null where none is known for these objectives."
+    )
+    hypervolume: float | None = Field(
+        description="Volume between front and reference point; null without one."
+    )
+    points: list[FrontPoint] = Field(description="The trials, by number.")
+
+
+class FrontStep(Schema):
+    """The front after a trial completed."""
+
+    trial_id: str = Field(description="The trial.")
+    number: int = Field(description="Its number.")
+    hypervolume: float | None = Field(description="Of the front after it.")
+    size: int = Field(description="Trials on the front after it.")
+    at: At
+
+
+class CatalogueItem(Schema):
+    """Something that a spec can name."""
+
+    name: str = Field(description="How a spec names it.")
+    title: str = Field(description="Its name in words.")
+    description: str = Field(description="What it is.")
+    schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema of what can be set.")
+
+
+class DatasetTask(Schema):
+    """A task of a source."""
+
+    name: str = Field(description="How a spec names it.")
+    kind: TaskKind = Field(description="What it predicts.")
+    metric: str = Field(description="What judges it.")
+    direction: Direction = Field(description="Which way the metric is better.")
+
+
+class DatasetItem(CatalogueItem):
+    """A source of data."""
+
+    tasks: list[DatasetTask] = Field(description="Its tasks.")
+
+
+class MetricItem(CatalogueItem):
+    """A metric that can be an objective or have bounds."""
+
+    direction: Direction = Field(description="Which way it is better.")
+    unit: str = Field(description="Its unit; 1 for a count.")
+
+
+class Health(Schema):
+    """The server lives."""
+
+    status: str = Field(description="Always ok.")
+    version: str = Field(description="Of Coterie.")
+
+
+class Check(Schema):
+    """One thing that the server needs."""
+
+    ok: bool = Field(description="Whether it is there.")
+    detail: str = Field(description="What was found.")
+
+
+class Readiness(Schema):
+    """Whether the server can run jobs."""
+
+    status: str = Field(description="ready or not ready.")
+    checks: dict[str, Check] = Field(description="By what is needed: database, ray.")

@@ -1,0 +1,146 @@
+from dataclasses import replace
+
+import httpx
+import pytest
+
+from tests.service.conftest import Problem, Server, trial
+
+TRIAL_FIELDS = {
+    *(
+        "id",
+        "job_id",
+        "number",
+        "state",
+        "reason",
+        "family",
+        "backbone",
+        "candidate",
+        "seed",
+        "grouping",
+        "values",
+    ),
+    *("tasks", "test", "epochs", "device_seconds", "worker", "on_front", "started_at", "ended_at", "links"),
+}
+
+
+def _numbers(answer: httpx.Response) -> list[int]:
+    return [item["number"] for item in answer.json()["items"]]
+
+
+def test_a_completed_trial_shows_what_it_reached(searched: tuple[Server, str]) -> None:
+    server, job_id = searched
+    found = server.client.get("/v1/trials/trial_0").json()
+    assert set(found) == TRIAL_FIELDS
+    assert (found["job_id"], found["number"], found["state"], found["on_front"]) == (
+        job_id,
+        0,
+        "completed",
+        True,
+    )
+    assert found["values"] == {
+        "delta_m": 5.0,
+        "macs": 500.0,
+        "params": 250.0,
+        "latency_ms": None,
+        "train_device_seconds": None,
+    }
+    assert found["test"]["delta_m"] == 4.0
+    assert found["tasks"] == {"left_parity": {"validation": {"error": 0.25}, "test": {"error": 0.5}}}
+    assert (found["grouping"], found["epochs"], found["device_seconds"]) == ([["left_parity"]], 2, 2.0)
+    assert (found["candidate"], found["seed"], found["worker"]) == ({"lr": 0.005}, 7, "host:2")
+    assert found["links"] == {
+        "self": "/v1/trials/trial_0",
+        "job": f"/v1/jobs/{job_id}",
+        "measurements": "/v1/trials/trial_0/measurements",
+        "architecture": "/v1/trials/trial_0/architecture",
+        "model": "/v1/trials/trial_0/model",
+    }
+
+
+def test_a_trial_that_is_not_measured_has_nulls_for_what_it_will_have(searched: tuple[Server, str]) -> None:
+    found = searched[0].client.get("/v1/trials/trial_3").json()
+    assert (found["state"], found["grouping"], found["ended_at"]) == ("running", None, None)
+    assert found["values"] == dict.fromkeys(
+        ["delta_m", "macs", "params", "latency_ms", "train_device_seconds"]
+    )
+    assert (found["links"]["model"], found["links"]["architecture"]) == (None, None)
+
+
+def test_trials_are_listed_by_number_either_way_page_by_page(searched: tuple[Server, str]) -> None:
+    server, job_id = searched
+    path = f"/v1/jobs/{job_id}/trials"
+    assert _numbers(server.client.get(path)) == [0, 1, 2, 3]
+    for sort, expected in (("number", [[0, 1, 2], [3]]), ("-number", [[3, 2, 1], [0]])):
+        first = server.client.get(path, params={"sort": sort, "limit": 3})
+        second = server.client.get(
+            path, params={"sort": sort, "limit": 3, "cursor": first.json()["next_cursor"]}
+        )
+        assert [_numbers(first), _numbers(second)] == expected
+        assert second.json()["next_cursor"] is None
+
+
+def test_trials_are_filtered_by_state_and_family(searched: tuple[Server, str]) -> None:
+    server, job_id = searched
+    path = f"/v1/jobs/{job_id}/trials"
+    assert _numbers(server.client.get(path, params={"state": "running"})) == [3]
+    assert _numbers(server.client.get(path, params={"family": "dmtg"})) == [2]
+    assert _numbers(server.client.get(path, params={"family": "dmtg", "state": "running"})) == []
+
+
+def test_measurements_come_by_epoch(searched: tuple[Server, str]) -> None:
+    client = searched[0].client
+    first = client.get("/v1/trials/trial_0/measurements", params={"limit": 1}).json()
+    [item] = first["items"]
+    assert set(item) == {"epoch", "values", "tasks", "device_seconds", "at"}
+    assert (item["epoch"], item["values"], item["tasks"]) == (
+        1,
+        {"total_error": 1.0},
+        {"left_parity": {"error": 1.0}},
+    )
+    second = client.get("/v1/trials/trial_0/measurements", params={"cursor": first["next_cursor"]}).json()
+    assert [item["epoch"] for item in second["items"]] == [2]
+    assert second["next_cursor"] is None
+
+
+def test_the_model_comes_with_its_hash_and_length(searched: tuple[Server, str]) -> None:
+    client = searched[0].client
+    answer = client.get("/v1/trials/trial_0/model")
+    assert (answer.status_code, answer.content) == (200, b"weights")
+    assert (answer.headers["etag"], answer.headers["content-length"]) == (f'"{"ab" * 32}"', "7")
+    again = client.get("/v1/trials/trial_0/model", headers={"If-None-Match": answer.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+    assert client.get("/v1/trials/trial_0/model", params={"format": "safetensors"}).content == b"weights"
+
+
+def test_the_architecture_is_json(searched: tuple[Server, str]) -> None:
+    answer = searched[0].client.get("/v1/trials/trial_0/architecture")
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json() == {"family": "shared"}
+
+
+@pytest.mark.parametrize("format_", ["onnx", "pt2", "pickle"])
+def test_other_formats_are_refused(searched: tuple[Server, str], problem: Problem, format_: str) -> None:
+    answer = searched[0].client.get("/v1/trials/trial_0/model", params={"format": format_})
+    assert ("not implemented" in problem(answer, 400, "/query/format")["detail"]) == (format_ != "pickle")
+
+
+@pytest.mark.parametrize("what", ["model", "architecture"])
+def test_a_trial_that_has_not_completed_has_no_network(
+    searched: tuple[Server, str], problem: Problem, what: str
+) -> None:
+    document = problem(searched[0].client.get(f"/v1/trials/trial_3/{what}"), 404)
+    assert "is running: only a completed trial" in document["detail"]
+
+
+def test_a_file_that_is_gone_is_said_to_be_gone(searched: tuple[Server, str], problem: Problem) -> None:
+    server, job_id = searched
+    (server.settings.artifacts_of(job_id) / "trials" / "trial_0" / "weights.safetensors").unlink()
+    assert "gone" in problem(server.client.get("/v1/trials/trial_0/model"), 404)["detail"]
+
+
+def test_trials_of_two_jobs_do_not_mix(searched: tuple[Server, str]) -> None:
+    server, job_id = searched
+    other = server.submit()
+    server.claim().add_trial(replace(trial(0), id="trial_other"))
+    assert _numbers(server.client.get(f"/v1/jobs/{other}/trials")) == [0]
+    assert len(_numbers(server.client.get(f"/v1/jobs/{job_id}/trials"))) == 4
