@@ -1,0 +1,236 @@
+"""Claims queued jobs, submits each as one Ray Job, and keeps SQL and Ray in step.
+
+SQL is the truth: what a job's state says is made true in Ray, never the other way round, except that a driver
+that Ray says is gone gives its job back to the queue.
+"""
+
+import json
+import logging
+import os
+import shlex
+import sys
+import threading
+import time
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import torch
+
+from coterie.service.config import Settings
+from coterie.service.ray_head import RayHead, RayHeadError, start_head
+from coterie.service.storage.database import Database
+from coterie.service.storage.repositories import Claimed, JobRepository, RunningJob
+
+logger = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5
+RETRY_SECONDS = 5.0  # after Ray or the database failed
+MOST_FRUITLESS_ATTEMPTS = 3  # drivers in a row that died without ending a trial
+
+# States of a Ray Job after which its driver is gone.
+GONE = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
+
+
+class Dispatcher:
+    """One thread of a server that runs the queued jobs.
+
+    Args:
+        settings: Of the server.
+        database: Where the jobs are.
+    """
+
+    def __init__(self, settings: Settings, database: Database) -> None:
+        self._settings = settings
+        self._database = database
+        self._head: RayHead | None = None
+        self._client: Any = None
+        self._live: dict[str, RunningJob] = {}
+        self._problem: str | None = "Ray is starting"
+        self._stopping = threading.Event()
+        self._wake = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
+
+    def start(self) -> None:
+        """Begin, without waiting for Ray."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End, and with it the embedded Ray: its jobs go back to the queue, to go on where they were."""
+        self._stopping.set()
+        self._wake.set()
+        self._thread.join()
+
+    def ready(self) -> tuple[bool, str]:
+        """Whether jobs can run, and what is in the way."""
+        return (True, "Ray takes jobs") if self._problem is None else (False, self._problem)
+
+    def stop_job(self, job_id: str) -> None:
+        """Look at once whether `job_id`, which just ended in SQL, has a driver to stop."""
+        logger.info("job %s was cancelled", job_id)
+        self._wake.set()
+
+    @property
+    def dashboard_url(self) -> str | None:
+        """Where Ray's dashboard is."""
+        return self._head.dashboard_url if self._head is not None else None
+
+    @property
+    def node_resources(self) -> tuple[float, float]:
+        """CPUs and GPUs of the largest node that a trial can be on; no limit is known of a remote cluster."""
+        if self._settings.ray_address is not None:
+            return float("inf"), float("inf")
+        gpus = torch.cuda.device_count() if self._settings.gpus is None else self._settings.gpus
+        return float(self._settings.node_cpus), float(gpus)
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                try:
+                    if self._client is None:
+                        self._connect()
+                    self._tick()
+                    self._problem = None
+                    pause = POLL_SECONDS
+                except Exception as error:  # the loop must outlive whatever Ray or the database do
+                    logger.exception("the dispatcher could not do its work and tries again")
+                    self._problem = f"{type(error).__name__}: {error}".splitlines()[0]
+                    pause = RETRY_SECONDS
+                if self._head is not None and not self._head.alive():
+                    self._drop_head("Ray ended")
+                self._wake.wait(pause)
+                self._wake.clear()
+        finally:
+            if self._head is not None:
+                self._drop_head("the server was stopped")
+
+    def _connect(self) -> None:
+        """Reach Ray. An embedded head starts empty, so whatever SQL says is running is not."""
+        from ray.job_submission import JobSubmissionClient  # takes a second, which the server need not wait
+
+        if self._settings.ray_address is not None:
+            self._client = JobSubmissionClient(self._settings.ray_address)
+            return
+        began = time.monotonic()
+        head = start_head(
+            self._settings.data_dir, num_cpus=self._settings.node_cpus, num_gpus=self._settings.gpus
+        )
+        logger.info("Ray takes jobs after %.1f s", time.monotonic() - began)
+        self._requeue_all("the server was restarted")
+        self._head = head
+        # Ray's client follows these before the address that it is given, and a proxy can't reach loopback.
+        os.environ |= head.environment() | {"NO_PROXY": f"{os.environ.get('NO_PROXY', '')},127.0.0.1"}
+        self._client = JobSubmissionClient(head.dashboard_url, headers=head.headers())
+
+    def _drop_head(self, reason: str) -> None:
+        assert self._head is not None
+        self._problem = reason
+        try:
+            self._head.stop()
+        except RayHeadError:
+            logger.exception("parts of Ray are left; the next start ends them")
+        self._head, self._client = None, None
+        self._live.clear()
+        self._requeue_all(reason)
+
+    def _requeue_all(self, reason: str) -> None:
+        with self._database.write() as session:
+            jobs = JobRepository(session)
+            for job in jobs.running():
+                jobs.requeue(job.job_id, job.attempt, reason, _now(), preempted=True)
+
+    def _tick(self) -> None:
+        with self._database.read() as session:
+            running = {job.job_id: job for job in JobRepository(session).running()}
+        for job_id, job in list(self._live.items()):
+            if running.get(job_id, job).attempt != job.attempt or job_id not in running:
+                self._end_driver(job)
+        for job in running.values():
+            self._check(job)
+        while len(self._live) < self._settings.max_running_jobs and not self._stopping.is_set():
+            with self._database.write() as session:
+                claimed = JobRepository(session).claim_next(_now(), self._lease)
+            if claimed is None:
+                return
+            self._submit(claimed)
+
+    def _end_driver(self, job: RunningJob) -> None:
+        """The job has ended in SQL: its driver has no more to do, and its place is free once it is gone."""
+        if self._status(job) in GONE:
+            del self._live[job.job_id]
+        else:
+            self._client.stop_job(job.submission_id)
+            self._wake.set()
+
+    def _check(self, job: RunningJob) -> None:
+        """Give a job whose driver is gone or silent back to the queue."""
+        if job.submission_id is None:
+            if job.lease_expires_at < _now():
+                self._give_up(job, "it was claimed but never submitted")
+            return
+        self._live[job.job_id] = job
+        status = self._status(job)
+        if status in GONE:
+            del self._live[job.job_id]
+            self._give_up(job, f"its driver ended early (Ray says {status})")
+        elif job.lease_expires_at < _now():
+            self._client.stop_job(job.submission_id)
+            self._give_up(job, "its driver was silent for too long")
+
+    def _give_up(self, job: RunningJob, reason: str) -> None:
+        with self._database.write() as session:
+            jobs = JobRepository(session)
+            if not jobs.requeue(job.job_id, job.attempt, reason, _now()):
+                return  # it ended by itself meanwhile
+            fruitless = jobs.attempts_without_progress(job.job_id)
+            logger.warning("attempt %d at %s is over: %s", job.attempt, job.job_id, reason)
+            if fruitless >= MOST_FRUITLESS_ATTEMPTS:
+                jobs.fail_queued(
+                    job.job_id,
+                    f"{fruitless} drivers in a row ended without a trial; the job's log says why",
+                    _now(),
+                )
+
+    def _submit(self, claimed: Claimed) -> None:
+        job_id, attempt = claimed.job_id, claimed.attempt
+        folder = self._settings.artifacts_of(job_id)
+        folder.mkdir(parents=True, exist_ok=True)
+        # Ray shows a job's entrypoint and environment to everyone, so what is secret goes by a file.
+        order = folder / "driver.json"
+        descriptor = os.open(order, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            json.dump(self._settings.model_dump(mode="json"), file)
+        python = sys.executable if self._settings.ray_address is None else "python"
+        command = [python, "-P", "-m", "coterie.service.worker", job_id, str(attempt), str(order)]
+        submission_id = f"{job_id}-{attempt}"
+        with self._database.write() as session:
+            JobRepository(session).set_submission(job_id, attempt, submission_id)
+        self._client.submit_job(
+            entrypoint=shlex.join(command),
+            submission_id=submission_id,
+            metadata={"coterie_job": job_id, "name": claimed.spec.name},
+        )
+        with self._database.read() as session:
+            self._live |= {
+                job.job_id: job for job in JobRepository(session).running() if job.job_id == job_id
+            }
+        logger.info("attempt %d at %s was submitted", attempt, job_id)
+
+    def _status(self, job: RunningJob) -> str:
+        """What Ray says of a job's driver; one that it doesn't know is gone."""
+        from ray.job_submission import JobStatus
+
+        try:
+            status: JobStatus = self._client.get_job_status(job.submission_id)
+        except RuntimeError as error:
+            if "404" in str(error):
+                return JobStatus.STOPPED.value
+            raise
+        return str(status.value)
+
+    @property
+    def _lease(self) -> timedelta:
+        return timedelta(seconds=self._settings.lease_seconds)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)

@@ -1,0 +1,111 @@
+"""A real server under real faults: processes killed with SIGKILL, and SQL looked at afterwards."""
+
+import socket
+import sqlite3
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from coterie.service.ray_head import end_leftovers
+
+POLL_SECONDS = 0.05
+
+
+class Server:
+    """`coterie serve` as a subprocess on a data folder; may be killed and started again."""
+
+    def __init__(self, data_dir: Path) -> None:
+        self.data_dir = data_dir
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=30)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["serve", f"--port={self.port}", f"--data-dir={self.data_dir}"]
+        with (self.data_dir.parent / "serve.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "coterie.service.cli", *command], stdout=log, stderr=log
+            )
+
+    def kill(self) -> None:
+        """End the server as a crash would; its Ray and the jobs' drivers live on."""
+        assert self._process is not None
+        self._process.kill()
+        self._process.wait()
+
+    def stop(self) -> None:
+        assert self._process is not None
+        self._process.terminate()
+        self._process.wait(30)
+
+    def close(self) -> None:
+        if self._process is not None and self._process.poll() is None:
+            self.kill()
+        end_leftovers(self.data_dir)
+        self.http.close()
+
+    def submit(self, spec: dict[str, Any]) -> str:
+        self.wait_for(lambda: self.get("/healthz"))
+        answer = self.http.post("/v1/jobs", json=spec)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    def get(self, path: str, **query: Any) -> Any:
+        """The JSON answer, or None where the server does not listen."""
+        with suppress(httpx.TransportError):
+            return self.http.get(path, params=query).json()
+
+    def trials(self, job: str) -> list[dict[str, Any]]:
+        answer = self.get(f"/v1/jobs/{job}/trials", limit=1000)
+        return [] if answer is None else list(answer["items"])
+
+    def measurements(self, trial: str) -> list[dict[str, Any]]:
+        return list(self.get(f"/v1/trials/{trial}/measurements", limit=1000)["items"])
+
+    def ended(self, job: str) -> list[dict[str, Any]]:
+        return [trial for trial in self.trials(job) if trial["ended_at"] is not None]
+
+    def sql(self, query: str, *values: object) -> list[Any]:
+        """What the database itself says."""
+        with sqlite3.connect(self.data_dir / "coterie.db", timeout=30) as database:
+            return database.execute(query, values).fetchall()
+
+    def wait_for(self, holds: Callable[[], Any], seconds: float = 90) -> Any:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            if found := holds():
+                return found
+            time.sleep(POLL_SECONDS)
+        raise AssertionError(f"not within {seconds} s; the log ends with: {self.log()[-3000:]}")
+
+    def wait_until_over(self, job: str, seconds: float = 120) -> dict[str, Any]:
+        def over() -> Any:
+            found = self.get(f"/v1/jobs/{job}")
+            return found if found and found["ended_at"] else None
+
+        return dict(self.wait_for(over, seconds))
+
+    def log(self) -> str:
+        parts = [self.data_dir.parent / "serve.log", *self.data_dir.glob("jobs/*/worker.log")]
+        return "\n".join(part.read_text() for part in parts if part.exists())
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    running = Server(data_dir)
+    running.start()
+    try:
+        yield running
+    finally:
+        running.close()
