@@ -270,7 +270,8 @@ class TrialActor(tune.Trainable):
         measurement, self._unreported = self._unreported, None
         if measurement is None:
             measurement = training.run_epoch()
-            training.save(self._checkpoints, measurement)
+            if not training.done:  # the last epoch's would be deleted at once
+                training.save(self._checkpoints, measurement)
         report: dict[str, Any] = {"measurement": measurement, "ending": None, "done": training.done}
         if training.done:
             report["ending"] = training.finish(self._artifacts.trial_folder(self._assignment.trial_id))

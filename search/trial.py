@@ -170,9 +170,9 @@ class Training:
             loss.backward()  # type: ignore[no-untyped-call]
             self._optimizer.step()
             total += loss.detach()
-        self.epoch += 1
         if not torch.isfinite(total):
-            raise Diverged(f"the training loss is {float(total)} in epoch {self.epoch}")
+            raise Diverged(f"the training loss is {float(total)} in epoch {self.epoch + 1}")
+        self.epoch += 1
         errors = evaluate(self.network, self._bench.validation, self._bench.tasks)
         self.device_seconds += (time.perf_counter() - began) * self._bench.devices
         return self._measurement(errors)

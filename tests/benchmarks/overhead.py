@@ -3,11 +3,13 @@
     python tests/benchmarks/overhead.py [TRIALS] [ROUNDS]
 
 Both sides run trials one at a time on actors that are kept alive (`reuse_actors`), each on a Ray head of its
-own, in turns. Three kinds of trial are timed, each as the mean time from the first trial's end to the last's:
+own, in turns. Four kinds of trial are timed, each as the mean time from the first trial's end to the last's:
 
 - `service`: a candidate that does next to nothing (30 samples, 8 neurons, 1 epoch), from HTTP to SQL:
   proposed by TPE, trained, checkpointed, measured, exported to files, placed on the front.
-- `tune, same work`: plain Ray Tune with the same training and export, and nothing kept.
+- `tune with optuna, same work`: plain Ray Tune with its own Optuna search (TPE), the same training and
+  export, and no database, no checkpoint, no front.
+- `tune, same work`: that without Optuna, random candidates drawn in advance.
 - `tune, nothing`: plain Ray Tune with a step that returns at once. Its result files are off, which favours
   it.
 """
@@ -103,7 +105,10 @@ def run_tune(trials: int, work: str, folder: str) -> None:
     import logging
 
     import ray
+    from optuna.distributions import FloatDistribution
     from ray import tune
+    from ray.tune.search import ConcurrencyLimiter
+    from ray.tune.search.optuna import OptunaSearch
 
     from coterie.search.objective import Yardstick
     from coterie.search.plan import make_plan
@@ -143,11 +148,18 @@ def run_tune(trials: int, work: str, folder: str) -> None:
             kept.mkdir(parents=True)
             return {"value": training.finish(kept).values["delta_m"], "done": True}
 
+    choice: dict[str, Any] = {"max_concurrent_trials": 1}
+    space: dict[str, Any] = {"lr": tune.loguniform(1e-4, 3e-2), "weight_decay": tune.loguniform(1e-7, 1e-2)}
+    if work == "optuna":
+        ranges = {"lr": (1e-4, 3e-2), "weight_decay": (1e-7, 1e-2)}
+        optuna_space = {name: FloatDistribution(*ends, log=True) for name, ends in ranges.items()}
+        search = OptunaSearch(optuna_space, metric="value", mode="max")
+        choice, space = {"search_alg": ConcurrencyLimiter(search, max_concurrent=1)}, {}
     ray.init(address=os.environ["RAY_ADDRESS"], logging_level="WARNING")
     tune.Tuner(
         tune.with_resources(Nothing if work == "nothing" else SameWork, {"cpu": 1}),
-        param_space={"lr": tune.loguniform(1e-4, 3e-2), "weight_decay": tune.loguniform(1e-7, 1e-2)},
-        tune_config=tune.TuneConfig(num_samples=trials, reuse_actors=True, max_concurrent_trials=1),
+        param_space=space,
+        tune_config=tune.TuneConfig(num_samples=trials, reuse_actors=True, **choice),
         run_config=tune.RunConfig(
             storage_path=str(Path(folder, "results")),
             verbose=0,
@@ -166,6 +178,7 @@ def main() -> None:
     rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
     kinds = {
         "service": lambda: time_service(trials),
+        "tune with optuna, same work": lambda: time_tune(trials, "optuna"),
         "tune, same work": lambda: time_tune(trials, "same"),
         "tune, nothing": lambda: time_tune(trials, "nothing"),
     }
@@ -174,7 +187,7 @@ def main() -> None:
         for kind, measure in kinds.items():
             seconds[kind].append(measure())
             print(f"round {number + 1}, {kind}: {1000 * seconds[kind][-1]:.1f} ms a trial", flush=True)
-    for other in ("tune, same work", "tune, nothing"):
+    for other in list(kinds)[1:]:
         ratios = [ours / theirs for ours, theirs in zip(seconds["service"], seconds[other], strict=True)]
         print(f"service / {other}: {median(ratios):.2f} (median of {rounds} pairs)")
 

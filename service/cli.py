@@ -1,0 +1,369 @@
+"""The command line: `coterie ...`.
+
+Whatever brings SQLAlchemy, torch or Ray is imported in the command that needs it, so that `coterie --help`
+and `coterie jobs` answer at once.
+
+Exit codes: 0 done; 1 the job did not succeed, or the server failed; 2 wrong use, or no server answers; 130
+interrupted.
+"""
+
+import csv
+import io
+import json
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+
+import typer
+
+from coterie.service import console
+from coterie.service.client import DEFAULT_URL, ApiError, Client, Job, Unreachable
+
+if TYPE_CHECKING:
+    from coterie.service.config import Settings
+    from coterie.service.spec_file import SpecFile
+
+JOB_FAILED = 1
+WRONG_USE = 2
+INTERRUPTED = 130
+WEIGHTS_SUFFIX = ".safetensors"
+
+app = typer.Typer(
+    help="Search which tasks to learn together, and in which network.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+database = typer.Typer(help="The server's database.", no_args_is_help=True)
+app.add_typer(database, name="db")
+
+Server = Annotated[str, typer.Option("--server", metavar="URL", envvar="COTERIE_SERVER", help="The server.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option("--data-dir", metavar="FOLDER", help="Data folder; default the user's own for Coterie."),
+]
+MaxMacs = Annotated[float | None, typer.Option(help="At most so many multiply-accumulates.")]
+MaxParams = Annotated[float | None, typer.Option(help="At most so many parameters.")]
+MaxLatency = Annotated[float | None, typer.Option(help="At most so many milliseconds an answer.")]
+
+
+def main() -> None:
+    """Run a command; whatever a user can get wrong ends as a message and a code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a name may hold what the terminal's encoding has not
+    try:
+        app(prog_name="coterie")
+    except ApiError as error:
+        _fail(str(error), WRONG_USE if error.status < 500 else JOB_FAILED)
+    except Unreachable as error:
+        _fail(f"{error}\nStart a server with `coterie serve`, or name another one with --server URL.")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from coterie.service import VERSION
+
+        typer.echo(f"coterie {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def _coterie(
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = False,
+) -> None:
+    """Search which tasks to learn together, and in which network."""
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port; default 8000, 0 any free one.")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Run a server until Ctrl-C. Settings come from COTERIE_* variables too."""
+    from coterie.service import serving
+
+    try:
+        serving.serve(_settings(host=host, port=port, data_dir=data_dir), console.make_console())
+    except serving.CannotServe as error:
+        _fail(str(error))
+
+
+@app.command()
+def demo(
+    data_dir: Annotated[Path, typer.Option(metavar="FOLDER", help="Where to keep what it makes.")] = Path(
+        ".demo"
+    ),
+) -> None:
+    """Run a search from beginning to end: a server, a job, its front, a grouping put to the test."""
+    from coterie.service import demo as demonstration
+    from coterie.service.serving import CannotServe
+
+    try:
+        demonstration.run(console.make_console(), data_dir)
+    except CannotServe as error:
+        _fail(str(error))
+    except demonstration.DemoFailed as error:
+        _fail(str(error), JOB_FAILED)
+    except KeyboardInterrupt:
+        _fail("Interrupted: the job was cancelled and the server stopped.", INTERRUPTED)
+
+
+@app.command()
+def submit(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="The job, as YAML or JSON.")],
+    watch: Annotated[bool, typer.Option("--watch", help="Show progress until the job has ended.")] = False,
+    as_json: AsJson = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Submit a job. Its id goes to stdout, everything else to stderr."""
+    from coterie.service.spec_file import BadSpecFile, read_spec_file
+
+    try:
+        spec = read_spec_file(file)
+    except BadSpecFile as error:
+        _fail(str(error))
+    with _connect(server) as client:
+        job = _submit(client, spec)
+        if watch:
+            _watch(job, as_json)
+        elif as_json:
+            _print_json(job.document)
+        else:
+            typer.echo(job.id)
+            typer.echo(f"{job.state}: see `coterie show {job.id}`", err=True)
+
+
+@app.command()
+def jobs(
+    state: Annotated[str | None, typer.Option(help="Only jobs in this state.")] = None,
+    name: Annotated[str | None, typer.Option(help="Only jobs of this name.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """List jobs, newest first."""
+    with _connect(server) as client:
+        found = list(client.jobs(state=state, name=name, limit=limit))
+    if as_json:
+        _print_json([job.document for job in found])
+    elif found:
+        console.show_jobs(console.make_console(), found, datetime.now(UTC))
+    else:
+        typer.echo("No jobs.", err=True)
+
+
+@app.command()
+def show(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
+    """Show a job: state, progress, what it searches."""
+    with _connect(server) as client:
+        found = client.job(job)
+    if as_json:
+        _print_json(found.document)
+    else:
+        console.show_job(console.make_console(), found)
+
+
+@app.command()
+def logs(
+    job: JobId,
+    tail: Annotated[int | None, typer.Option(min=1, help="Only so many lines, the last ones.")] = None,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Print what a job's driver wrote."""
+    with _connect(server) as client:
+        typer.echo(client.job(job).logs(tail), nl=False)
+
+
+@app.command()
+def front(
+    job: JobId,
+    as_json: AsJson = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    max_macs: MaxMacs = None,
+    max_params: MaxParams = None,
+    max_latency_ms: MaxLatency = None,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Show a job's Pareto front: the trials that no other trial beats in everything."""
+    if as_json and as_csv:
+        _fail("Give --json or --csv, not both.")
+    with _connect(server) as client:
+        found = client.job(job).front(max_macs=max_macs, max_params=max_params, max_latency_ms=max_latency_ms)
+    if as_json:
+        _print_json(found)
+    elif as_csv:
+        _print_csv(console.front_rows(found))
+    elif found["points"]:
+        console.show_front(console.make_console(), found)
+    else:
+        typer.echo("No trial is on the front.", err=True)
+
+
+@app.command()
+def best(
+    job: JobId,
+    metric: Annotated[
+        str | None, typer.Option(help="Best in what; default the job's first objective.")
+    ] = None,
+    max_macs: MaxMacs = None,
+    max_params: MaxParams = None,
+    max_latency_ms: MaxLatency = None,
+    as_json: AsJson = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Show the trial to deploy under the limits given."""
+    with _connect(server) as client:
+        trial = client.job(job).best(
+            metric=metric, max_macs=max_macs, max_params=max_params, max_latency_ms=max_latency_ms
+        )
+    if as_json:
+        _print_json(trial.document)
+    else:
+        console.show_trial(console.make_console(), trial)
+
+
+@app.command()
+def export(
+    trial: Annotated[str, typer.Argument(metavar="TRIAL", help="Id of a trial.")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            metavar="FOLDER_OR_FILE",
+            help="A folder, for architecture and weights, or a .safetensors file, for the weights alone; "
+            "default a folder named after the trial.",
+        ),
+    ] = None,
+    format_: Annotated[
+        Literal["safetensors"], typer.Option("--format", help="Of the weights.")
+    ] = "safetensors",
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Download a trial's network."""
+    target = output or Path(trial)
+    with _connect(server) as client:
+        found = client.trial(trial)
+        try:
+            written = (
+                found.download_weights(target) if target.suffix == WEIGHTS_SUFFIX else found.download(target)
+            )
+        except OSError as error:
+            _fail(f"{target}: {error.strerror}")
+    typer.echo(str(written))
+
+
+@app.command()
+def cancel(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
+    """Cancel a job; its trials end within seconds."""
+    with _connect(server) as client:
+        cancelled = client.job(job).cancel()
+    if as_json:
+        _print_json(cancelled.document)
+    else:
+        typer.echo(f"{cancelled.id}: {cancelled.state}")
+
+
+@app.command()
+def datasets(as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
+    """List the data sets that jobs can name."""
+    with _connect(server) as client:
+        found = client.datasets()
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_datasets(console.make_console(), found)
+
+
+@database.command()
+def upgrade(data_dir: DataDir = None) -> None:
+    """Bring the database to this version's schema; no server may be running on the folder."""
+    from coterie.service import serving
+
+    settings = _settings(data_dir=data_dir)
+    try:
+        serving.upgrade_database(settings)
+    except serving.CannotServe as error:
+        _fail(str(error))
+    typer.echo("The database is up to date.")
+
+
+def _connect(server: str) -> Client:
+    try:
+        return Client(server)
+    except ValueError:
+        _fail(f"--server: must be like {DEFAULT_URL}, found {server}")
+
+
+def _settings(**given: Any) -> "Settings":
+    from pydantic import ValidationError
+
+    from coterie.service.config import Settings
+
+    try:
+        return Settings(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        faults = (
+            f"{'.'.join(map(str, fault['loc'])) or 'settings'}: {fault['msg']}" for fault in error.errors()
+        )
+        _fail(
+            "\n".join(["Bad settings (options or COTERIE_* variables):", *(f"  {fault}" for fault in faults)])
+        )
+
+
+def _submit(client: Client, spec: "SpecFile") -> Job:
+    """Submit, and say of each fault on which line of the file it is."""
+    try:
+        return client.submit(spec.document)
+    except ApiError as error:
+        if not error.errors or error.status >= 500:
+            raise
+        faults = (f"{spec.locate(fault['pointer'])}: {fault['detail']}" for fault in error.errors)
+        _fail("\n".join([error.title, *(f"  {fault}" for fault in faults)]))
+
+
+def _watch(job: Job, as_json: bool) -> None:
+    try:
+        console.watch(console.make_console(stderr=True), job)
+    except KeyboardInterrupt:
+        _fail(
+            f"No longer watching: the job goes on. `coterie show {job.id}` shows it, "
+            f"`coterie cancel {job.id}` ends it.",
+            INTERRUPTED,
+        )
+    if as_json:
+        _print_json(job.document)
+    elif points := job.front():
+        console.show_front(console.make_console(), points)
+    if job.state != "succeeded":
+        _fail(f"{job.id}: {job.state}{f', {job.reason}' if job.reason else ''}", JOB_FAILED)
+
+
+def _print_json(document: object) -> None:
+    typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def _print_csv(rows: list[dict[str, Any]]) -> None:
+    columns = list(dict.fromkeys(name for row in rows for name in row))
+    writer = csv.DictWriter(sys.stdout, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+
+
+def _fail(message: str, code: int = WRONG_USE) -> NoReturn:
+    typer.echo(message, err=True)
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

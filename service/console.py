@@ -1,0 +1,408 @@
+"""What the command line shows: tables, one thing in full, and progress.
+
+On a terminal there are bars and rules, within 80 columns; in a pipe plain lines. Ids are never cut, since
+other commands take them.
+"""
+
+import string
+import textwrap
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.measure import Measurement
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from coterie.service.client import Document, Job, Trial
+
+LOOK_SECONDS = 1.0  # between two looks at a job
+LINE_SECONDS = 3.0  # between two lines about it where there is no terminal
+UNLIMITED = 100_000  # columns
+LEAST_CUT = 8  # what a cut column keeps
+UNKNOWN = "-"
+TASK_PREFIX = "task."  # of a metric that is one task's own
+
+STYLES = {
+    "succeeded": "green",
+    "completed": "green",
+    "running": "cyan",
+    "failed": "red",
+    "cancelled": "yellow",
+}
+
+
+def make_console(*, stderr: bool = False) -> Console:
+    """A console that prints text as it is, and in a pipe as wide as need be."""
+    console = Console(stderr=stderr, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console.width = UNLIMITED
+    return console
+
+
+def show_jobs(console: Console, jobs: Iterable[Job], now: datetime) -> None:
+    """A line a job."""
+    table = _table(("job", "state", "trials", "age", "name"), right=("trials", "age"))
+    for job in jobs:
+        trials = job.progress["budget"]["trials"]
+        table.add_row(
+            job.id,
+            _state(job.state),
+            str(trials["used"]) if trials["total"] is None else f"{trials['used']}/{trials['total']}",
+            _age(now, job),
+            Text(job.document["name"]),
+        )
+    _show(console, table, cut_last=True)
+
+
+def show_datasets(console: Console, items: Sequence[Document]) -> None:
+    """Each data set with its tasks and options."""
+    for item in items:
+        tasks = ", ".join(f"{task['name']} ({task['kind']})" for task in item["tasks"])
+        options = (
+            f"{name} (default {about.get('default', UNKNOWN)}): {about.get('description', '')}"
+            for name, about in item["schema"].get("properties", {}).items()
+        )
+        pairs = {"": item["description"], "tasks": tasks, "options": "\n".join(options)}
+        _show_pairs(console, f"{item['name']}  {item['title']}", pairs)
+
+
+def show_job(console: Console, job: Job) -> None:
+    """All that a user wants to know of one job."""
+    document, spec = job.document, job.document["spec"]
+    search, eta = spec["search"], job.progress["eta_seconds"]
+    objectives = (objective["metric"] for objective in spec["objectives"])
+    pairs = {
+        "state": _with_reason(document),
+        "trials": _trial_counts(job.progress["trials"]),
+        "budget": _budget(job.progress["budget"]),
+        "time left": "" if eta is None else _duration(eta),
+        "hypervolume": figure("hypervolume", document["hypervolume"]),
+        "data": spec["dataset"]["source"],
+        "tasks": ", ".join(_names(spec["tasks"])) or "all",
+        "families": ", ".join(search["families"]),
+        "objectives": ", ".join(objectives),
+        "created": document["created_at"],
+        "started": document["started_at"] or "",
+        "ended": document["ended_at"] or "",
+        "in Ray": document["links"]["ray_dashboard"] or "",
+    }
+    _show_pairs(console, f"{job.id}  {document['name']}", pairs)
+
+
+def show_trial(console: Console, trial: Trial) -> None:
+    """One trial: what it is and what it reached."""
+    document = trial.document
+    parameters = {name: value for name, value in document["candidate"].items() if name != "grouping"}
+    overall = {name: value for name, value in trial.values.items() if not name.startswith(TASK_PREFIX)}
+    test = {name: trial.test.get(name) for name in overall if trial.test.get(name) != overall[name]}
+    pairs = {
+        "state": _with_reason(document),
+        "family": f"{trial.family} on {document['backbone']}",
+        "grouping": "\n".join(", ".join(group) for group in trial.grouping or []),
+        "candidate": ", ".join(f"{name} {_parameter(value)}" for name, value in parameters.items()),
+        "seed": str(document["seed"]),
+        "validation": _figures(overall),
+        "test": _figures(test),
+        "tasks": "\n".join(
+            f"{name.removeprefix(TASK_PREFIX)} {figure(name, value)}, test {figure(name, trial.test[name])}"
+            for name, value in trial.values.items()
+            if name.startswith(TASK_PREFIX)
+        ),
+    }
+    _show_pairs(console, trial.id, pairs)
+
+
+def show_front(console: Console, front: Document) -> None:
+    """A line a point, the first objective's best first, with its tasks as letters."""
+    points = _sorted_points(front)
+    letters = _letters(point["grouping"] for point in points)
+    metrics = front_metrics(front)
+    error = "test\nerror" if console.is_terminal else "test error"  # every column counts within 80
+    table = _table(("trial", "family", "grouping", *metrics, error), right=(*metrics, error))
+    for point in points:
+        table.add_row(
+            point["trial_id"],
+            point["family"],
+            _spell(point["grouping"], letters),
+            *(figure(metric, point["values"].get(metric)) for metric in metrics),
+            figure("test error", mean_error(point["test"], point["grouping"])),
+        )
+    _show(console, table)
+    if letters:
+        legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
+        console.print(f"Tasks: {escape(legend)}", soft_wrap=False)
+
+
+def front_rows(front: Document) -> list[dict[str, Any]]:
+    """The front for a spreadsheet: a row a point, groups as `a b|c`, every value in full."""
+    return [
+        {
+            "trial": point["trial_id"],
+            "family": point["family"],
+            "grouping": "|".join(" ".join(group) for group in point["grouping"] or []),
+            **point["values"],
+            **{f"test_{name}": value for name, value in point["test"].items()},
+        }
+        for point in _sorted_points(front)
+    ]
+
+
+def front_metrics(front: Document) -> list[str]:
+    """The columns of a front: its objectives, and what a network costs."""
+    objectives = [objective["metric"] for objective in front["objectives"]]
+    return list(dict.fromkeys([*objectives, "macs", "params"]))
+
+
+def mean_error(values: Mapping[str, float | None], grouping: Sequence[Sequence[str]] | None) -> float | None:
+    """Mean error rate of the tasks, in percent; None where they have none."""
+    total = values.get("total_error")
+    tasks = sum(map(len, grouping or []))
+    return None if total is None or not tasks else total / tasks
+
+
+def figure(name: str, value: float | None) -> str:
+    """A metric's value, as every table and sentence shows it."""
+    if value is None:
+        return UNKNOWN
+    if name in ("macs", "params"):
+        return f"{value:,.0f}"
+    if name in ("delta_m", "delta_m_own_width", "normalized_gain"):
+        return f"{value:+.2f}"
+    if name in ("test error", "total_error"):
+        return f"{value:.2f}%"
+    return f"{value:.4g}"
+
+
+def watch(console: Console, job: Job) -> Job:
+    """Show a job's progress until it has ended."""
+    with _progress_display(console, job) as show:
+        return job.wait(LOOK_SECONDS, show)
+
+
+@contextmanager
+def _progress_display(console: Console, job: Job) -> "Iterator[_Lines | _Bar]":
+    best = _Best()
+    if not console.is_terminal:
+        yield _Lines(console, best)
+        return
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=None),
+        TextColumn("{task.fields[status]}"),
+        console=console,
+        auto_refresh=False,  # it is drawn after each look, without a thread for it
+        transient=True,
+        expand=True,
+    )
+    with bar:
+        yield _Bar(bar, best)
+    console.print(escape(f"{job.document['name']}: {job.state}, {_status(job, best)}"))
+
+
+class _Best:
+    """The first objective's best value on the front, asked for again only after a trial has ended."""
+
+    def __init__(self) -> None:
+        self._done = 0
+        self._words = ""
+
+    def words(self, job: Job) -> str:
+        done = job.progress["trials"]["completed"]
+        if done != self._done:
+            self._done = done
+            self._words = self._ask(job.front())
+        return self._words
+
+    @staticmethod
+    def _ask(front: Document) -> str:
+        metric = front["objectives"][0]["metric"]
+        points = _sorted_points(front)
+        return f"best {metric} {figure(metric, points[0]['values'][metric])}" if points else ""
+
+
+class _Bar:
+    """A bar that fills with the part of the budget that is used."""
+
+    def __init__(self, progress: Progress, best: _Best) -> None:
+        self._progress = progress
+        self._best = best
+        self._task = progress.add_task("", total=1.0, status="")
+
+    def __call__(self, job: Job) -> None:
+        status = escape(_status(job, self._best))
+        self._progress.update(self._task, description=job.state, completed=_share(job), status=status)
+        self._progress.refresh()
+
+
+class _Lines:
+    """A line whenever something changed, not more often than every few seconds."""
+
+    def __init__(self, console: Console, best: _Best) -> None:
+        self._console = console
+        self._best = best
+        self._shown: tuple[str, int] | None = None
+        self._next = 0.0
+
+    def __call__(self, job: Job) -> None:
+        now = time.monotonic()
+        seen = (job.state, _ended_trials(job))
+        moved = self._shown is None or seen[0] != self._shown[0]
+        if moved or (seen != self._shown and now >= self._next):
+            self._shown, self._next = seen, now + LINE_SECONDS
+            self._console.print(escape(f"{job.document['name']}: {job.state}, {_status(job, self._best)}"))
+
+
+def _status(job: Job, best: _Best) -> str:
+    trials = job.progress["budget"]["trials"]
+    total = "" if trials["total"] is None else f" of {trials['total']}"
+    failed = job.progress["trials"]["failed"]
+    left = job.progress["eta_seconds"]
+    # The first trial comes after the data and the single-task networks that gains are measured against.
+    begins = job.state == "running" and not any(job.progress["trials"].values())
+    parts = [
+        f"{trials['used']}{total} trials",
+        "preparing" if begins else "",
+        f"{failed} failed" if failed else "",
+        best.words(job),
+        f"{_duration(left)} left" if left is not None else "",
+    ]
+    return ", ".join(part for part in parts if part)
+
+
+def _share(job: Job) -> float:
+    """The part of the budget that is used up first."""
+    budget = (job.progress["budget"][kind] for kind in ("trials", "seconds", "device_seconds"))
+    return min(1.0, max((each["used"] / each["total"] for each in budget if each["total"]), default=0.0))
+
+
+def _ended_trials(job: Job) -> int:
+    trials = job.progress["trials"]
+    return int(trials["completed"] + trials["stopped"] + trials["failed"])
+
+
+def _sorted_points(front: Document) -> list[Document]:
+    """Points by the first objective, the best first."""
+    objective = front["objectives"][0]
+    return sorted(
+        front["points"],
+        key=lambda point: point["values"][objective["metric"]],
+        reverse=objective["direction"] == "maximize",
+    )
+
+
+def _letters(groupings: Iterable[Sequence[Sequence[str]] | None]) -> dict[str, str]:
+    """A short name for each task: letters, or numbers where they don't suffice.
+
+    The grouping of the fewest groups comes first: a single group has the tasks in the job's order.
+    """
+    known = sorted((grouping for grouping in groupings if grouping), key=len)
+    names = list(dict.fromkeys(name for grouping in known for group in grouping for name in group))
+    letters = string.ascii_uppercase
+    return {name: letters[i] if len(names) <= len(letters) else str(i + 1) for i, name in enumerate(names)}
+
+
+def _spell(grouping: Sequence[Sequence[str]] | None, letters: Mapping[str, str]) -> str:
+    if not grouping:
+        return UNKNOWN
+    within = "" if len(letters) <= len(string.ascii_uppercase) else ","
+    return "|".join(within.join(letters[name] for name in group) for group in grouping)
+
+
+def _table(names: Sequence[str], right: Sequence[str] = ()) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    for name in names:
+        table.add_column(name, justify="right" if name in right else "left", no_wrap=True)
+    return table
+
+
+def _show(console: Console, table: Table, *, cut_last: bool = False) -> None:
+    """Print a table in full; with `cut_last`, its last column is cut to what the terminal has room for."""
+    if cut_last and _natural_width(console, table) > console.width:
+        last = table.columns[-1]
+        last.max_width = LEAST_CUT
+        last.max_width = max(LEAST_CUT, console.width - _natural_width(console, table) + LEAST_CUT)
+    room = console.width
+    console.width = max(room, _natural_width(console, table))  # else Rich would cut ids
+    console.print(table)
+    console.width = room
+
+
+def _natural_width(console: Console, table: Table) -> int:
+    return Measurement.get(console, console.options.update(max_width=UNLIMITED), table).maximum
+
+
+def _show_pairs(console: Console, title: str, pairs: Mapping[str, str]) -> None:
+    """A title, and below it names with their values; a long value goes on below its beginning."""
+    console.print(Text(title, style="bold"))
+    indent = 4 + max(map(len, pairs))
+    for name, value in pairs.items():
+        lines = [
+            part
+            for line in value.splitlines()
+            for part in textwrap.wrap(
+                line, console.width - indent, break_on_hyphens=False, break_long_words=False
+            )
+        ]
+        for index, line in enumerate(lines):
+            label = f"  {'' if index else name}".ljust(indent)
+            console.print(Text.assemble((label, "dim"), line))
+
+
+def _state(state: str) -> Text:
+    return Text(state, style=STYLES.get(state, ""))
+
+
+def _with_reason(document: Document) -> str:
+    state, reason = document["state"], document["reason"]
+    return f"{state}: {reason}" if reason else state
+
+
+def _trial_counts(trials: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {state}" for state, count in trials.items() if count) or "none yet"
+
+
+def _budget(budget: Mapping[str, Mapping[str, float | None]]) -> str:
+    return ", ".join(
+        f"{name} {_amount(use['used'])} of {_amount(use['total'])}"
+        for name, use in budget.items()
+        if use["total"] is not None
+    )
+
+
+def _amount(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:,.0f}"
+
+
+def _figures(values: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {figure(name, value)}" for name, value in values.items() if value is not None)
+
+
+def _parameter(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _names(tasks: Iterable[str | Mapping[str, Any]]) -> list[str]:
+    return [task if isinstance(task, str) else task["name"] for task in tasks]
+
+
+def _age(now: datetime, job: Job) -> str:
+    created = datetime.fromisoformat(job.document["created_at"])
+    return _duration(max(0.0, (now - created).total_seconds()))
+
+
+def _duration(seconds: float) -> str:
+    """A time in the two units that matter."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    if whole < 86_400:
+        return f"{whole // 3600} h {whole % 3600 // 60} min"
+    return f"{whole // 86_400} d {whole % 86_400 // 3600} h"

@@ -1,0 +1,195 @@
+"""A driver on a real Ray for `test_runner.py`: runs the scenario of each line that it reads.
+
+For each it pickles what the store holds then, and prints the pickle's path. It is a process of its own
+because Ray reads its settings when it is imported.
+"""
+
+import logging
+import os
+import pickle
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from coterie.search import runner
+from coterie.search.baselines import yardstick_keys
+from coterie.search.plan import Plan, make_plan
+from coterie.search.runner import TrialActor, run_search
+from coterie.search.space import Choices
+from coterie.search.spec import JobSpec
+from coterie.search.store import FolderArtifacts, InMemoryStore, Measurement, Reference, ReferenceKey
+
+Outcome = dict[str, Any]
+
+
+class Witness(InMemoryStore):
+    """A store that counts the references that are added, and lets something happen after each measurement."""
+
+    def __init__(
+        self, shared: Any = None, after: Callable[["Witness", str, Measurement], None] | None = None
+    ) -> None:
+        super().__init__(shared)
+        self.references_trained = 0
+        self._after = after
+
+    def add_reference(self, key: ReferenceKey, reference: Reference) -> None:
+        super().add_reference(key, reference)
+        self.references_trained += 1
+
+    def measure(self, trial_id: str, measurement: Measurement) -> None:
+        super().measure(trial_id, measurement)
+        if self._after is not None:
+            self._after(self, trial_id, measurement)
+
+    def with_references_of(self, other: InMemoryStore) -> "Witness":
+        self._memory.references.update(other._memory.references)
+        return self
+
+
+def plan_of(**fields: Any) -> Plan:
+    document: dict[str, Any] = {
+        "dataset": {"source": "digits", "options": {"samples": 300}},
+        "tasks": ["left_parity", "left_loop", "right_loop"],
+        "budget": {"trials": 5, "epochs": 20, "concurrent": 1},
+    }
+    return make_plan(JobSpec.model_validate(document | fields))
+
+
+def referenced(plan: Plan) -> Witness:
+    """A store with references that nothing was trained for."""
+    reference = Reference(validation={"error": 0.2}, test={"error": 0.2}, device_seconds=0.0, latency_ms=0.1)
+    store = Witness()
+    store._memory.references.update(dict.fromkeys(yardstick_keys(plan), reference))
+    return store
+
+
+def run(plan: Plan, store: Witness, folder: Path) -> Outcome:
+    error = None
+    try:
+        run_search(plan, store, FolderArtifacts(folder))
+    except Exception as found:
+        error = type(found).__name__
+    return {
+        "error": error,
+        "folder": folder,
+        "trials": store.trials,
+        "measurements": store.measurements,
+        "front": store.front,
+        "history": store.history,
+        "state": store.state,
+        "references_trained": store.references_trained,
+        "reference_point": store.resume().reference_point,
+    }
+
+
+@cache
+def undisturbed(folder: Path) -> tuple[Outcome, Witness]:
+    """What the others are compared with."""
+    store = Witness()
+    return run(plan_of(), store, folder / "undisturbed"), store
+
+
+def twice(folder: Path) -> list[Outcome]:
+    """The same job on two empty stores."""
+    return [undisturbed(folder)[0], run(plan_of(), Witness(), folder / "again")]
+
+
+def killed(folder: Path) -> list[Outcome]:
+    """The same job, its actor killed in the fifth epoch of its second trial."""
+    expected, references = undisturbed(folder)
+
+    def kill(store: Witness, trial_id: str, measurement: Measurement) -> None:
+        trial = next(trial for trial in store.trials if trial.id == trial_id)
+        if trial.number == 1 and trial.crashes == 0 and measurement.epoch == 5:
+            os.kill(int(measurement.worker.rpartition(":")[2]), signal.SIGKILL)
+
+    return [expected, run(plan_of(), Witness(after=kill).with_references_of(references), folder / "killed")]
+
+
+class DiesInReset(TrialActor):
+    """A trial's process that is killed while it takes up its second trial, once."""
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        is_reset = hasattr(self, "_assignment")  # and not the first assignment, which setup takes
+        taken = super().reset_config(new_config)
+        died = self._artifacts.scratch() / "died"
+        if is_reset and not died.exists():
+            died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return taken
+
+
+def killed_in_reset(folder: Path) -> list[Outcome]:
+    """The same job, its actor killed in the middle of a reset."""
+    expected, references = undisturbed(folder)
+    runner.TrialActor, whole = DiesInReset, runner.TrialActor  # type: ignore[misc]
+    try:
+        outcome = run(plan_of(), Witness().with_references_of(references), folder / "killed_in_reset")
+    finally:
+        runner.TrialActor = whole  # type: ignore[misc]
+    assert (folder / "killed_in_reset" / "scratch" / "died").exists()
+    return [expected, outcome]
+
+
+def replaced(folder: Path) -> list[Outcome]:
+    """The same job, its driver replaced by another one in the middle of its second trial."""
+    expected, references = undisturbed(folder)
+    successors: list[Witness] = []
+
+    def replace_driver(store: Witness, trial_id: str, measurement: Measurement) -> None:
+        trial = next(trial for trial in store.trials if trial.id == trial_id)
+        if trial.number == 1 and measurement.epoch == 4 and not successors:
+            successors.append(Witness(store._memory))
+
+    old = Witness(after=replace_driver).with_references_of(references)
+    left = run(plan_of(), old, folder / "replaced")
+    return [expected, left, run(plan_of(), successors[0], folder / "replaced")]
+
+
+def broken(folder: Path) -> list[Outcome]:
+    """One family's networks explode, and another's cannot even be built."""
+    budget = {"trials": 5, "epochs": 2, "failures": 50, "concurrent": 1}
+    plan = plan_of(search={"families": ["dmtg", "shared", "single"]}, budget=budget)
+    table = {key: dict(dimensions) for key, dimensions in plan.space.table.items()}
+    for family, name, value in (("single", "lr", 1e18), ("dmtg", "tau", -1.0)):
+        dimensions = table[family, "mlp"]
+        dimensions[name] = replace(dimensions[name], domain=Choices((value,)))
+    plan = replace(plan, space=replace(plan.space, table=table))
+    return [run(plan, referenced(plan), folder / "broken")]
+
+
+def out_of_time(folder: Path) -> list[Outcome]:
+    """More epochs than fit into the job's seconds."""
+    plan = plan_of(budget={"seconds": 5, "epochs": 10_000, "concurrent": 1})
+    return [run(plan, referenced(plan), folder / "out_of_time")]
+
+
+def out_of_time_for_references(folder: Path) -> list[Outcome]:
+    """Not even the yardstick fits."""
+    return [run(plan_of(budget={"seconds": 0.01, "epochs": 2}), Witness(), folder / "no_time")]
+
+
+def side_by_side(folder: Path) -> list[Outcome]:
+    """As many trials at a time as fit."""
+    plan = plan_of(budget={"trials": 4, "epochs": 1000})
+    return [run(plan, referenced(plan), folder / "side_by_side")]
+
+
+def main() -> None:
+    ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING, log_to_driver=False)
+    for line in sys.stdin:
+        scenario, folder = line.split()
+        results = globals()[scenario](Path(folder))
+        path = Path(folder, f"{scenario}.pickle")
+        path.write_bytes(pickle.dumps(results))
+        print(path, flush=True)
+
+
+if __name__ == "__main__":
+    main()

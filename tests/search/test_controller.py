@@ -1,0 +1,612 @@
+"""A job's search from the first trial to its verdict, trained by an executor that trains nothing.
+
+Store, recorder, ledger, sampler and front are the real ones.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from coterie.search.budget import Ledger
+from coterie.search.controller import MOST_CRASHES, REASON_LENGTH, SearchController
+from coterie.search.front import Front, feasible
+from coterie.search.plan import Plan, make_plan
+from coterie.search.recorder import Recorder
+from coterie.search.sampler import derive_seed
+from coterie.search.spec import JobSpec
+from coterie.search.store import (
+    Candidate,
+    Ending,
+    Fenced,
+    FolderArtifacts,
+    InMemoryStore,
+    JobState,
+    Measurement,
+    TrialState,
+)
+from coterie.search.trial import Assignment
+
+REFERENCE_POINT = {"delta_m": -300.0, "macs": 1e5}
+EPOCHS = 3
+SECONDS_AN_EPOCH = 2.0
+
+MakeJob = Callable[..., JobSpec]
+
+
+class Clock:
+    """Seconds that pass by `SECONDS_AN_EPOCH` an epoch."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Driver:
+    """One attempt at a job: a controller and everything around it, as `run_search` puts it together.
+
+    Args:
+        plan: What to search.
+        store: Of this attempt.
+        folder: Of the job's artifacts; a file a trial is its checkpoint and says how many epochs it has.
+        concurrent: Trials at a time.
+        prompt: Wait until the store has what was reported, so that a death comes at a known point.
+    """
+
+    def __init__(
+        self, plan: Plan, store: InMemoryStore, folder: Path, concurrent: int = 1, prompt: bool = False
+    ) -> None:
+        self.plan = plan
+        self.store = store
+        self.artifacts = FolderArtifacts(folder)
+        self.clock = Clock()
+        self.prompt = prompt
+        self.recorder = Recorder(store)
+        self.running: dict[str, Assignment] = {}
+        resumed = store.resume()
+        self.controller = SearchController(
+            plan,
+            resumed,
+            self.recorder,
+            self.artifacts,
+            Ledger(plan.spec.budget, resumed, self.clock),
+            REFERENCE_POINT,
+            concurrent,
+        )
+
+    def start(self) -> Assignment | None:
+        assignment = self.controller.suggest()
+        if assignment is not None:
+            assert assignment.trial_id not in self.running
+            self.running[assignment.trial_id] = assignment
+            self.controller.started(assignment.trial_id)
+            self.wait()
+            epochs = self.epochs_of(assignment.trial_id)
+            if epochs:  # what the last report before a kill may not have told
+                self.report(assignment, epochs)
+        return assignment
+
+    def step(self, trial_id: str) -> None:
+        """Train one epoch and report it, and the ending after the last one."""
+        if trial_id in self.running:
+            assignment = self.running[trial_id]
+            self.clock.now += SECONDS_AN_EPOCH
+            epochs = self.epochs_of(trial_id) + 1
+            folder = self.artifacts.checkpoint_folder(trial_id)
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "epochs").write_text(str(epochs))
+            self.report(assignment, epochs)
+
+    def report(self, assignment: Assignment, epochs: int) -> None:
+        go_on = self.controller.measured(assignment.trial_id, measurement(assignment, epochs))
+        self.wait()
+        if epochs == assignment.epochs:
+            del self.running[assignment.trial_id]
+            self.controller.ended(assignment.trial_id, ending(assignment))
+        elif not go_on:
+            del self.running[assignment.trial_id]
+            self.controller.stopped(assignment.trial_id)
+
+    def over(self) -> bool:
+        return self.controller.over
+
+    def wait(self) -> None:
+        if self.prompt:
+            self.recorder.flush()
+
+    def crash(self, trial_id: str) -> None:
+        del self.running[trial_id]
+        self.controller.crashed(trial_id, "the process died")
+
+    def fail(self, trial_id: str) -> None:
+        del self.running[trial_id]
+        epochs = self.epochs_of(trial_id)
+        self.controller.ended(
+            trial_id,
+            Ending(
+                state=TrialState.FAILED,
+                reason="ValueError: impossible",
+                epochs=epochs,
+                device_seconds=SECONDS_AN_EPOCH * epochs,
+            ),
+        )
+
+    def epochs_of(self, trial_id: str) -> int:
+        return checkpointed(self.artifacts.root, trial_id)
+
+    def run(self) -> tuple[JobState, str | None]:
+        """To the end, one trial after the other where one may run."""
+        with self.recorder:
+            while not self.controller.over:
+                self.start()
+                for trial_id in list(self.running):
+                    self.step(trial_id)
+            verdict = self.controller.verdict()
+            self.recorder.write(lambda store: store.finish(*verdict))
+            self.recorder.flush()
+        return verdict
+
+
+def checkpointed(folder: Path, trial_id: str) -> int:
+    file = FolderArtifacts(folder).checkpoint_folder(trial_id) / "epochs"
+    return int(file.read_text()) if file.exists() else 0
+
+
+class DriverDied(Exception):
+    """After this nothing more is written."""
+
+
+class Dying(InMemoryStore):
+    """The store of a driver that dies after so many writes."""
+
+    def __init__(self, shared: Any, writes: int) -> None:
+        super().__init__(shared)
+        self._left = writes
+
+    def beat(self) -> None:
+        pass  # they come when they come, and are not counted
+
+    def _writing(self) -> Any:
+        if self._left == 0:
+            raise DriverDied
+        self._left -= 1
+        return super()._writing()
+
+
+def measurement(assignment: Assignment, epoch: int) -> Measurement:
+    return Measurement(
+        epoch=epoch,
+        values={"delta_m": float(epoch)},
+        tasks={},
+        device_seconds=SECONDS_AN_EPOCH * epoch,
+        worker="here:1",
+    )
+
+
+def ending(assignment: Assignment) -> Ending:
+    """Values that follow from candidate and seed."""
+    parameters = assignment.candidate.parameters
+    return Ending(
+        state=TrialState.COMPLETED,
+        values={
+            "delta_m": -10 * (math.log10(parameters["lr"]) + 2.5) ** 2 + assignment.seed % 7,
+            "macs": float(parameters["width"] * parameters["depth"] * 100),
+            "params": float(parameters["width"] * 10),
+        },
+        epochs=assignment.epochs,
+        device_seconds=SECONDS_AN_EPOCH * assignment.epochs,
+    )
+
+
+@pytest.fixture(scope="module")
+def make(make_job: MakeJob) -> Callable[..., Plan]:
+    def make(sampler: str = "tpe", families: list[str] | None = None, **fields: Any) -> Plan:
+        search = {"sampler": {"name": sampler}} | ({} if families is None else {"families": families})
+        budget = {"trials": 8, "epochs": EPOCHS} | fields.pop("budget", {})
+        return make_plan(make_job(search=search, budget=budget, **fields))
+
+    return make
+
+
+MakePlan = Callable[..., Plan]
+
+
+def assert_the_books_are_right(store: InMemoryStore, plan: Plan) -> None:
+    """What must hold of every job, however it went."""
+    trials = store.trials
+    assert [trial.number for trial in trials] == list(range(len(trials)))
+    assert len({trial.id for trial in trials}) == len(trials)
+    front = Front(plan.objectives, REFERENCE_POINT)
+    for trial in trials:
+        assert trial.seed == derive_seed(plan.spec.seed, "trial", trial.number)
+        measured = [epoch for trial_id, epoch in store.measurements if trial_id == trial.id]
+        assert sorted(measured) == list(range(1, trial.epochs + 1))  # no gap, none twice
+        if trial.state is TrialState.COMPLETED:
+            assert trial.ending is not None
+            assert trial.epochs == plan.spec.budget.epochs
+            if feasible(trial.ending.values, plan.spec.constraints):
+                front.insert(trial.id, trial.ending.values)
+    assert store.front == set(front.points)
+    completed = {trial.id for trial in trials if trial.state is TrialState.COMPLETED}
+    assert sorted(trial_id for trial_id, _ in store.history) == sorted(completed)
+    volumes = [volume for _, volume in store.history if volume is not None]
+    assert len(volumes) == len(completed)
+    assert volumes == sorted(volumes)
+    if volumes:
+        assert volumes[-1] == pytest.approx(front.hypervolume)
+
+
+def what_happened(store: InMemoryStore) -> list[tuple[int, Candidate, int, TrialState, Ending | None]]:
+    return [(trial.number, trial.candidate, trial.seed, trial.state, trial.ending) for trial in store.trials]
+
+
+# To the end
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "nsga2", "random"])
+def test_a_job_runs_until_its_trials_are_spent(sampler: str, make: MakePlan, tmp_path: Path) -> None:
+    plan, store = make(sampler), InMemoryStore()
+    assert Driver(plan, store, tmp_path).run() == (JobState.SUCCEEDED, None)
+    assert store.state == (JobState.SUCCEEDED, None)
+    assert [trial.state for trial in store.trials] == [TrialState.COMPLETED] * 8
+    assert_the_books_are_right(store, plan)
+
+
+def test_the_same_job_twice_tries_the_same_candidates_with_the_same_seeds(
+    make: MakePlan, tmp_path: Path
+) -> None:
+    stores = [InMemoryStore(), InMemoryStore()]
+    for number, store in enumerate(stores):
+        Driver(make(), store, tmp_path / str(number)).run()
+    assert what_happened(stores[0]) == what_happened(stores[1])
+    ids = [{trial.id for trial in store.trials} for store in stores]
+    assert not ids[0] & ids[1]
+
+
+def test_another_seed_tries_others(make: MakePlan, tmp_path: Path) -> None:
+    stores = [InMemoryStore(), InMemoryStore()]
+    for seed, store in enumerate(stores):
+        Driver(make(seed=seed), store, tmp_path / str(seed)).run()
+    one, other = ([trial.candidate for trial in store.trials][3:] for store in stores)
+    assert one != other
+
+
+def test_the_first_trials_are_the_families_defaults(make: MakePlan, tmp_path: Path) -> None:
+    store = InMemoryStore()
+    Driver(make(families=["shared", "grouped", "single"]), store, tmp_path).run()
+    first = [trial.candidate for trial in store.trials[:2]]
+    assert [candidate.family for candidate in first] == ["shared", "single"]
+    assert all(
+        candidate.parameters["width"] == 24 and candidate.parameters["lr"] == 5e-3 for candidate in first
+    )
+
+
+def test_checkpoints_are_gone_when_their_trials_have_ended(make: MakePlan, tmp_path: Path) -> None:
+    store = InMemoryStore()
+    Driver(make(), store, tmp_path).run()
+    assert not any((tmp_path / "checkpoints").iterdir())
+
+
+def test_no_more_trials_run_at_a_time_than_allowed_nor_start_than_budgeted(
+    make: MakePlan, tmp_path: Path
+) -> None:
+    plan, store = make(budget={"trials": 4}), InMemoryStore()
+    driver = Driver(plan, store, tmp_path, concurrent=3)
+    with driver.recorder:
+        started = [driver.start() for _ in range(3)]
+        assert None not in started
+        assert driver.start() is None
+        assert not driver.over()
+        while len(driver.running) == 3:
+            driver.step(next(iter(driver.running)))
+        assert driver.start() is not None
+        while driver.running:
+            driver.step(next(iter(driver.running)))
+            assert driver.start() is None  # the fifth
+        assert driver.over()
+    assert len(store.trials) == 4
+
+
+# Drivers that die
+
+
+def test_a_job_whose_driver_dies_at_any_point_ends_as_if_it_had_not(make: MakePlan, tmp_path: Path) -> None:
+    plan, expected = make(budget={"trials": 4}), InMemoryStore()
+    Driver(plan, expected, tmp_path / "whole").run()
+    writes = 0
+    while True:
+        first = InMemoryStore()
+        dying = Dying(first._memory, writes)
+        folder = tmp_path / str(writes)
+        try:
+            Driver(plan, dying, folder, prompt=True).run()
+        except DriverDied:
+            pass
+        else:
+            break
+        second = first.attempt()
+        for trial in second.trials:
+            if trial.ending is None:
+                assert checkpointed(folder, trial.id) >= trial.epochs
+        ended_before = {trial.id: trial for trial in second.trials if trial.ending is not None}
+        assert Driver(plan, second, folder).run() == (JobState.SUCCEEDED, None)
+        assert what_happened(second) == what_happened(expected), writes
+        assert [volume for _, volume in second.history] == [volume for _, volume in expected.history]
+        after = {trial.id: trial for trial in second.trials}
+        assert all(after[name] == trial for name, trial in ended_before.items())  # not run again
+        assert_the_books_are_right(second, plan)
+        writes += 1
+    assert writes == 4 * (2 + EPOCHS + 1) + 1  # each trial is added, started, measured, ended; and the end
+
+
+@pytest.mark.parametrize("writes", [0, 1, 5, 9, 20])
+def test_reports_that_were_not_written_yet_are_lost_with_their_driver_but_no_trial_is(
+    writes: int, make: MakePlan, tmp_path: Path
+) -> None:
+    plan, expected = make(budget={"trials": 4}), InMemoryStore()
+    Driver(plan, expected, tmp_path / "whole").run()
+    store = InMemoryStore()
+    with pytest.raises(DriverDied):
+        Driver(plan, Dying(store._memory, writes), tmp_path / "broken").run()
+    second = store.attempt()
+    assert Driver(plan, second, tmp_path / "broken").run() == (JobState.SUCCEEDED, None)
+    assert what_happened(second) == what_happened(expected)
+
+
+@pytest.mark.parametrize(("writes", "trials", "sampler"), [(3, 7, "tpe"), (80, 20, "tpe"), (25, 20, "nsga2")])
+def test_a_job_whose_drivers_die_again_and_again_still_ends_the_same(
+    writes: int, trials: int, sampler: str, make: MakePlan, tmp_path: Path
+) -> None:
+    plan, expected = make(sampler, budget={"trials": trials}), InMemoryStore()
+    Driver(plan, expected, tmp_path / "whole").run()
+    store, verdict, attempts = InMemoryStore(), None, 0
+    while verdict is None:
+        attempts += 1
+        try:
+            verdict = Driver(plan, Dying(store._memory, writes), tmp_path / "broken", prompt=True).run()
+        except DriverDied:
+            continue
+    assert attempts > 1
+    assert what_happened(store) == what_happened(expected)
+    assert_the_books_are_right(store, plan)
+
+
+def test_a_driver_that_was_replaced_starts_nothing_more(make: MakePlan, tmp_path: Path) -> None:
+    old = InMemoryStore()
+    driver = Driver(make(), old, tmp_path)
+    with contextlib.suppress(Fenced), driver.recorder:
+        assignment = driver.start()
+        assert assignment is not None
+        driver.recorder.flush()
+        old.attempt()
+        driver.step(assignment.trial_id)
+        driver.recorder._thread.join(10)
+        with pytest.raises(Fenced):
+            driver.start()
+    assert len(old.trials) == 1
+    assert old.measurements == {}
+
+
+# Trials that end in other ways
+
+
+def test_a_trial_whose_process_died_goes_on_under_its_number_before_new_ones(
+    make: MakePlan, tmp_path: Path
+) -> None:
+    plan, store = make(), InMemoryStore()
+    driver = Driver(plan, store, tmp_path)
+    with driver.recorder:
+        first = driver.start()
+        assert first is not None
+        driver.step(first.trial_id)
+        driver.crash(first.trial_id)
+        driver.recorder.flush()
+        assert (store.trials[0].state, store.trials[0].crashes) == (TrialState.PENDING, 1)
+        assert driver.start() == first
+        for _ in range(2):
+            driver.step(first.trial_id)
+    assert len(store.trials) == 1
+    assert (store.trials[0].state, store.trials[0].crashes) == (TrialState.COMPLETED, 1)
+    assert_the_books_are_right(store, plan)
+
+
+def test_a_candidate_that_kills_its_process_each_time_fails_and_the_job_goes_on(
+    make: MakePlan, tmp_path: Path
+) -> None:
+    plan, store = make(budget={"trials": 2}), InMemoryStore()
+    driver = Driver(plan, store, tmp_path)
+    with driver.recorder:
+        for _ in range(MOST_CRASHES + 1):
+            assignment = driver.start()
+            assert assignment is not None
+            driver.crash(assignment.trial_id)
+        driver.recorder.flush()
+        failed = store.trials[0]
+        assert len(store.trials) == 1
+        assert failed.state is TrialState.FAILED
+        assert failed.ending is not None
+        assert failed.ending.reason == f"its process died {MOST_CRASHES + 1} times: the process died"
+        following = driver.start()
+        assert following is not None
+        assert following.trial_id != failed.id
+
+
+def test_crashes_are_counted_over_all_attempts(make: MakePlan, tmp_path: Path) -> None:
+    plan, store = make(), InMemoryStore()
+    for _ in range(MOST_CRASHES + 1):
+        driver = Driver(plan, store.attempt(), tmp_path)
+        with driver.recorder:
+            assignment = driver.start()
+            assert assignment is not None
+            driver.crash(assignment.trial_id)
+    assert [trial.state for trial in store.trials] == [TrialState.FAILED]
+
+
+def test_failures_within_the_budget_are_made_up_for(make: MakePlan, tmp_path: Path) -> None:
+    plan, store = make(budget={"trials": 3, "failures": 2}), InMemoryStore()
+    driver = Driver(plan, store, tmp_path)
+    with driver.recorder:
+        for _ in range(2):
+            assignment = driver.start()
+            assert assignment is not None
+            driver.fail(assignment.trial_id)
+    assert Driver(plan, store.attempt(), tmp_path).run() == (JobState.SUCCEEDED, None)
+    states = [trial.state for trial in store.trials]
+    assert states == [TrialState.FAILED] * 2 + [TrialState.COMPLETED] * 3
+    assert store.trials[0].ending is not None
+    assert store.trials[0].ending.reason == "ValueError: impossible"
+
+
+def test_more_failures_than_the_budget_bears_fail_the_job(make: MakePlan, tmp_path: Path) -> None:
+    plan, store = make(budget={"trials": 9, "failures": 2}), InMemoryStore()
+    driver = Driver(plan, store, tmp_path, concurrent=2)
+    with driver.recorder:
+        completing = driver.start()
+        assert completing is not None
+        for _ in range(3):
+            assignment = driver.start()
+            assert assignment is not None
+            driver.fail(assignment.trial_id)
+        assert driver.start() is None
+        assert not driver.over()
+        driver.step(completing.trial_id)  # still running: it is stopped at its next report
+        assert driver.over()
+        assert driver.controller.verdict() == (JobState.FAILED, "more than 2 trials failed")
+    assert sorted(trial.state for trial in store.trials) == ["failed", "failed", "failed", "stopped"]
+
+
+def test_a_long_story_of_crashes_is_cut(make: MakePlan, tmp_path: Path) -> None:
+    store = InMemoryStore()
+    driver = Driver(make(), store, tmp_path)
+    with driver.recorder:
+        for _ in range(MOST_CRASHES + 1):
+            assignment = driver.controller.suggest()
+            assert assignment is not None
+            driver.controller.crashed(assignment.trial_id, "x" * 10_000)
+    found = store.trials[0].ending
+    assert found is not None
+    assert found.reason is not None
+    assert found.reason.startswith("its process died 6 times: xxx")
+    assert len(found.reason) == REASON_LENGTH
+
+
+def test_the_seconds_of_the_budget_stop_what_runs_and_what_waits(make: MakePlan, tmp_path: Path) -> None:
+    plan, store = make(budget={"trials": None, "seconds": 20}), InMemoryStore()
+    driver = Driver(plan, store, tmp_path, concurrent=2)
+    with driver.recorder:
+        crashed, running = driver.start(), driver.start()
+        assert crashed is not None
+        assert running is not None
+        driver.step(running.trial_id)
+        driver.crash(crashed.trial_id)
+        driver.clock.now = 100
+        driver.step(running.trial_id)
+        assert driver.start() is None
+        assert driver.over()
+        reason = "the budget of 20 seconds is spent"
+        assert driver.controller.verdict() == (JobState.FAILED, reason)  # nothing completed
+    assert [(trial.state, trial.epochs) for trial in store.trials] == [
+        (TrialState.STOPPED, 0),
+        (TrialState.STOPPED, 2),
+    ]
+    assert {trial.ending.reason for trial in store.trials if trial.ending is not None} == {reason}
+    assert store.front == set()
+    assert store.history == []
+
+
+def test_a_trial_that_finishes_as_the_time_is_up_counts(make: MakePlan, tmp_path: Path) -> None:
+    plan, store = make(budget={"trials": None, "seconds": 4 * SECONDS_AN_EPOCH * EPOCHS - 1}), InMemoryStore()
+    assert Driver(plan, store, tmp_path).run() == (JobState.SUCCEEDED, None)
+    assert [trial.state for trial in store.trials] == [TrialState.COMPLETED] * 4
+
+
+def test_device_seconds_are_a_limit_too(make: MakePlan, tmp_path: Path) -> None:
+    limit = 2 * SECONDS_AN_EPOCH * EPOCHS + SECONDS_AN_EPOCH
+    plan, store = make(budget={"trials": None, "device_seconds": limit}), InMemoryStore()
+    assert Driver(plan, store, tmp_path).run() == (JobState.SUCCEEDED, None)
+    states = [trial.state for trial in store.trials]
+    assert states == [TrialState.COMPLETED, TrialState.COMPLETED, TrialState.STOPPED]
+    assert_the_books_are_right(store, plan)
+
+
+def test_an_infeasible_candidate_completes_and_is_never_on_the_front(make: MakePlan, tmp_path: Path) -> None:
+    plan = make(constraints=[{"metric": "params", "max": 200}], budget={"trials": 20})
+    store = InMemoryStore()
+    assert Driver(plan, store, tmp_path).run() == (JobState.SUCCEEDED, None)
+    sizes = {trial.id: trial.ending.values["params"] for trial in store.trials if trial.ending is not None}
+    assert any(size is not None and size > 200 for size in sizes.values())
+    assert store.front
+    assert all((sizes[trial_id] or 0) <= 200 for trial_id in store.front)
+    assert len(store.history) == 20
+    assert_the_books_are_right(store, plan)
+
+
+def test_only_completed_trials_are_on_the_front(make: MakePlan, tmp_path: Path) -> None:
+    plan, store = make(), InMemoryStore()
+    driver = Driver(plan, store, tmp_path, concurrent=3)
+    with driver.recorder:
+        for _ in range(3):
+            driver.start()
+        completed, failed, crashed = driver.running
+        for _ in range(EPOCHS):
+            driver.step(completed)
+        driver.fail(failed)
+        driver.crash(crashed)
+    assert store.front == {completed}
+
+
+# Anything at all
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    concurrent=st.integers(1, 4),
+    sampler=st.sampled_from(["tpe", "nsga2", "random"]),
+)
+@settings(max_examples=40)
+def test_whatever_happens_the_books_are_right(
+    seed: int, concurrent: int, sampler: str, make: MakePlan, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Trials step, crash and fail in any order, and drivers die."""
+    random = Random(seed)
+    plan = make(sampler, budget={"trials": 7, "failures": 4}, constraints=[{"metric": "params", "max": 500}])
+    folder = tmp_path_factory.mktemp("job")
+    store = InMemoryStore()
+    over = False
+    while not over:
+        driver = Driver(plan, store.attempt(), folder, concurrent)
+        with driver.recorder:
+            while True:
+                over = driver.controller.over
+                if over or random.random() < 0.03:
+                    break
+                driver.start()
+                if driver.running:
+                    trial_id = random.choice(list(driver.running))
+                    chance = random.random()
+                    if chance < 0.08:
+                        driver.crash(trial_id)
+                    elif chance < 0.14:
+                        driver.fail(trial_id)
+                    else:
+                        driver.step(trial_id)
+                assert len(driver.running) <= concurrent
+        assert driver.controller.completed == sum(
+            trial.state is TrialState.COMPLETED for trial in store.trials
+        )
+    state, _ = driver.controller.verdict()
+    by_state = [trial.state for trial in store.trials]
+    failures = by_state.count(TrialState.FAILED)
+    assert (state is JobState.FAILED) == (failures > 4 or TrialState.COMPLETED not in by_state)
+    if state is JobState.SUCCEEDED:
+        assert by_state.count(TrialState.COMPLETED) == 7
+        assert len(by_state) == 7 + failures
+    assert_the_books_are_right(store, plan)

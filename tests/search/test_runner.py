@@ -1,0 +1,222 @@
+"""A search on a real Ray: whole, resumed, and with processes killed on the way."""
+
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from coterie.models.export import load_architecture
+from coterie.search.store import Ending, JobState, Trial, TrialState
+from coterie.service.ray_head import RayHead, start_head
+
+DRIVER = Path(__file__).with_name("ray_driver.py")
+TIMES = ("latency_ms", "train_device_seconds")
+
+pytestmark = pytest.mark.timeout(120)
+
+Outcome = dict[str, Any]
+Drive = Callable[..., list[Outcome]]
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    head = start_head(tmp_path_factory.mktemp("head"), num_cpus=2, object_store_bytes=80_000_000)
+    yield head
+    head.stop()
+
+
+@pytest.fixture(scope="module")
+def driver(head: RayHead, tmp_path_factory: pytest.TempPathFactory) -> Iterator[subprocess.Popen[str]]:
+    log = tmp_path_factory.mktemp("driver") / "log"
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-P", str(DRIVER)],
+            env=os.environ | head.environment(),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        yield process
+        process.kill()
+        process.communicate()
+
+
+@pytest.fixture(scope="module")
+def drive(driver: subprocess.Popen[str], tmp_path_factory: pytest.TempPathFactory) -> Drive:
+    """Run one of the driver's scenarios."""
+    folder = tmp_path_factory.mktemp("jobs")
+
+    def drive(scenario: str) -> list[Outcome]:
+        assert driver.stdin is not None
+        assert driver.stdout is not None
+        driver.stdin.write(f"{scenario} {folder}\n")
+        driver.stdin.flush()
+        for line in driver.stdout:
+            if line.startswith(str(folder)):  # Ray may have things to say too
+                results: list[Outcome] = pickle.loads(Path(line.strip()).read_bytes())
+                return results
+        raise AssertionError("the driver ended")
+
+    return drive
+
+
+def what_happened(outcome: Outcome) -> list[Any]:
+    """All of the trials but their ids, and what depends on the clock."""
+    trials: list[Trial] = outcome["trials"]
+    return [
+        (
+            trial.number,
+            trial.candidate,
+            trial.seed,
+            trial.state,
+            trial.epochs,
+            ending_of(trial).reason,
+            timeless(ending_of(trial).values),
+            timeless(ending_of(trial).test),
+            ending_of(trial).tasks,
+            ending_of(trial).grouping,
+            ending_of(trial).files.get("weights.safetensors"),
+            [
+                (replace(found, device_seconds=0.0, worker=""))
+                for (trial_id, _), found in sorted(outcome["measurements"].items())
+                if trial_id == trial.id
+            ],
+        )
+        for trial in trials
+    ]
+
+
+def ending_of(trial: Trial) -> Ending:
+    assert trial.ending is not None
+    return trial.ending
+
+
+def timeless(values: dict[str, float | None]) -> dict[str, float | None]:
+    return {name: value for name, value in values.items() if name not in TIMES}
+
+
+def numbers_on_front(outcome: Outcome) -> set[int]:
+    return {trial.number for trial in outcome["trials"] if trial.id in outcome["front"]}
+
+
+def workers_of(outcome: Outcome, number: int) -> set[str]:
+    trial_id = outcome["trials"][number].id
+    return {found.worker for (owner, _), found in outcome["measurements"].items() if owner == trial_id}
+
+
+def assert_every_epoch_was_measured_once(outcome: Outcome) -> None:
+    for trial in outcome["trials"]:
+        epochs = sorted(epoch for trial_id, epoch in outcome["measurements"] if trial_id == trial.id)
+        assert epochs == list(range(1, trial.epochs + 1))
+
+
+@pytest.mark.slow
+def test_the_same_job_with_the_same_seed_gives_the_same_trials_and_values(drive: Drive) -> None:
+    one, other = drive("twice")
+    assert one["state"] == other["state"] == (JobState.SUCCEEDED, None)
+    assert [trial.state for trial in one["trials"]] == [TrialState.COMPLETED] * 5
+    assert what_happened(one) == what_happened(other)
+    assert numbers_on_front(one) == numbers_on_front(other) != set()
+    assert [volume for _, volume in one["history"]] == [volume for _, volume in other["history"]]
+    assert one["reference_point"] == other["reference_point"]
+    assert one["references_trained"] == other["references_trained"] == 9  # three seeds of three tasks
+    assert_every_epoch_was_measured_once(one)
+    assert [trial.candidate.family for trial in one["trials"]][:3] == ["single", "shared", "dmtg"]
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint_to_the_same_end(drive: Drive) -> None:
+    expected, killed = drive("killed")
+    assert killed["state"] == (JobState.SUCCEEDED, None)
+    assert killed["references_trained"] == 0  # they were there
+    assert [trial.crashes for trial in killed["trials"]] == [0, 1, 0, 0, 0]
+    assert_every_epoch_was_measured_once(killed)
+    assert what_happened(killed) == what_happened(expected)
+    assert len(workers_of(killed, number=1)) == 2
+
+
+@pytest.mark.slow
+def test_a_trial_whose_process_is_killed_in_the_middle_of_a_reset_still_runs_once(drive: Drive) -> None:
+    expected, killed = drive("killed_in_reset")
+    assert killed["state"] == (JobState.SUCCEEDED, None)
+    assert [trial.crashes for trial in killed["trials"]] == [0, 1, 0, 0, 0]
+    assert_every_epoch_was_measured_once(killed)
+    assert what_happened(killed) == what_happened(expected)
+
+
+@pytest.mark.slow
+def test_a_driver_that_was_replaced_stops_and_its_successor_goes_on(drive: Drive) -> None:
+    expected, replaced, successor = drive("replaced")
+    assert replaced["error"] == "Fenced"
+    assert successor["error"] is None
+    assert successor["state"] == (JobState.SUCCEEDED, None)
+    assert what_happened(successor)[0] == what_happened(expected)[0]
+    # Of the trial in between, epochs that the old driver had not written yet may be missing.
+    without_epochs = [[entry[:-1] for entry in what_happened(outcome)] for outcome in (successor, expected)]
+    assert without_epochs[0] == without_epochs[1]
+
+
+def test_a_candidate_that_raises_fails_alone_with_a_short_reason(drive: Drive) -> None:
+    [outcome] = drive("broken")
+    assert outcome["state"] == (JobState.SUCCEEDED, None)
+    by_family = {
+        family: [trial for trial in outcome["trials"] if trial.candidate.family == family]
+        for family in ("dmtg", "shared", "single")
+    }
+    assert [trial.state for trial in by_family["shared"]] == [TrialState.COMPLETED] * 5
+    for family, reason in (
+        ("dmtg", "ValueError: tau: must be a finite number above 0, found -1.0"),
+        ("single", "Diverged: the training loss is (nan|inf) in epoch [12]"),
+    ):
+        assert by_family[family]
+        for trial in by_family[family]:
+            assert (trial.state, trial.crashes) == (TrialState.FAILED, 0)
+            assert re.fullmatch(reason, ending_of(trial).reason or "")
+    assert_every_epoch_was_measured_once(outcome)
+    assert {trial.candidate.family for trial in outcome["trials"] if trial.id in outcome["front"]} == {
+        "shared"
+    }
+    assert (
+        len({found.worker for found in outcome["measurements"].values()}) == 1
+    )  # none of it ended a process
+    for trial in by_family["shared"]:
+        files = outcome["folder"] / "trials" / trial.id
+        assert {path.name for path in files.iterdir()} == set(ending_of(trial).files)
+        load_architecture(files)
+    assert not any((outcome["folder"] / "checkpoints").iterdir())
+
+
+@pytest.mark.slow
+def test_what_still_trains_when_the_time_is_up_is_stopped(drive: Drive) -> None:
+    [outcome] = drive("out_of_time")
+    reason = "the budget of 5 seconds is spent"
+    assert outcome["state"] == (JobState.FAILED, reason)
+    assert [trial.state for trial in outcome["trials"]] == [TrialState.STOPPED]
+    assert ending_of(outcome["trials"][0]).reason == reason
+    assert outcome["trials"][0].epochs < 10_000
+    assert_every_epoch_was_measured_once(outcome)
+    assert outcome["front"] == set()
+
+
+def test_a_job_without_time_for_its_yardstick_says_so(drive: Drive) -> None:
+    [outcome] = drive("out_of_time_for_references")
+    reason = "the budget of 0.01 seconds is spent, before the yardstick was trained"
+    assert outcome["state"] == (JobState.FAILED, reason)
+    assert outcome["trials"] == []
+
+
+@pytest.mark.slow
+def test_as_many_trials_run_side_by_side_as_fit(drive: Drive) -> None:
+    [outcome] = drive("side_by_side")
+    assert outcome["state"] == (JobState.SUCCEEDED, None)
+    assert [trial.state for trial in outcome["trials"]] == [TrialState.COMPLETED] * 4
+    assert_every_epoch_was_measured_once(outcome)
+    assert len({found.worker for found in outcome["measurements"].values()}) == 2

@@ -1,0 +1,454 @@
+"""The conditional space: whatever is drawn can be built, and a job can narrow every dimension."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from coterie.models.backbones import BACKBONES
+from coterie.models.families import FAMILIES, build_network
+from coterie.models.tasks import Task, TaskKind, TaskSet
+from coterie.search.space import (
+    RECIPE,
+    Choices,
+    Choose,
+    Dimension,
+    Range,
+    Space,
+    SpaceError,
+    Value,
+    backbone_dimensions,
+    default_of,
+    dimensions,
+    family_dimensions,
+    json_schema,
+    make_space,
+)
+from coterie.search.spec import Domain, Interval
+from coterie.search.store import Candidate
+
+EVERY = ["single", "shared", "grouped", "dmtg"]
+INPUT_SHAPE = (3, 4)
+STIRLING = {  # numbers of partitions of T tasks into K groups (OEIS A008277)
+    2: {2: 1},
+    3: {2: 3, 3: 1},
+    4: {2: 7, 3: 6, 4: 1},
+    5: {2: 15, 3: 25, 4: 10, 5: 1},
+    6: {2: 31, 3: 90, 4: 65, 5: 15, 6: 1},
+}
+
+MakeTasks = Callable[[int], TaskSet]
+Wanted = Mapping[str, Mapping[str, Domain]]
+
+
+def tasks_of(number: int) -> TaskSet:
+    return TaskSet(Task(name=name, kind=TaskKind.BINARY) for name in "abcdefghijkl"[:number])
+
+
+def space(families: list[str], wanted: Wanted | None = None, tasks: int = 4) -> Space:
+    return make_space(families, ["mlp"], tasks_of(tasks), wanted or {})
+
+
+def drawn(data: st.DataObject) -> Choose:
+    """Answers that Hypothesis chooses."""
+
+    def choose(name: str, dimension: Dimension) -> Value:
+        return data.draw(values_in(dimension.domain), label=name)
+
+    return choose
+
+
+def recall(choices: Mapping[str, Value]) -> Choose:
+    """The answers given before."""
+    return lambda name, dimension: choices[name]
+
+
+def values_in(domain: Choices | Range) -> st.SearchStrategy[Value]:
+    if isinstance(domain, Choices):
+        return st.sampled_from(domain.values)
+    if domain.integer:
+        return st.integers(int(domain.low), int(domain.high))
+    return st.floats(domain.low, domain.high)
+
+
+def every_walk(space: Space) -> Iterator[Candidate]:
+    """All candidates of a space whose open dimensions are finite, by counting through its choices."""
+    indices: list[int] = []
+    while True:
+        counter = _Counter(indices)
+        yield space.walk(counter.choose)
+        indices = counter.following()
+        if not indices:
+            return
+
+
+class _Counter:
+    """Answers by the indices given, then by the first values."""
+
+    def __init__(self, indices: list[int]) -> None:
+        self._given = iter(indices)
+        self._taken: list[tuple[int, int]] = []
+
+    def choose(self, name: str, dimension: Dimension) -> Value:
+        domain = dimension.domain
+        values = (
+            domain.values if isinstance(domain, Choices) else range(int(domain.low), int(domain.high) + 1)
+        )
+        index = next(self._given, 0)
+        self._taken.append((index, len(values)))
+        return values[index]
+
+    def following(self) -> list[int]:
+        """The indices after these, as an odometer counts; empty after the last ones."""
+        while self._taken and self._taken[-1][0] + 1 == self._taken[-1][1]:
+            self._taken.pop()
+        indices = [index for index, _ in self._taken]
+        return [*indices[:-1], indices[-1] + 1] if indices else []
+
+
+def build(candidate: Candidate, tasks: TaskSet) -> torch.nn.Module:
+    parameters = dict(candidate.parameters)
+    shape = {
+        dimension.name: parameters.pop(dimension.name)
+        for dimension in backbone_dimensions(candidate.backbone)
+    }
+    for dimension in RECIPE:
+        parameters.pop(dimension.name)
+    backbone = BACKBONES[candidate.backbone](input_shape=INPUT_SHAPE, **shape)
+    return build_network(candidate.family, backbone=backbone, tasks=tasks, parameters=parameters)
+
+
+@given(
+    data=st.data(),
+    tasks=st.integers(2, 10),
+    families=st.lists(st.sampled_from(EVERY), min_size=1, unique=True),
+)
+def test_whatever_is_drawn_can_be_built(data: st.DataObject, tasks: int, families: list[str]) -> None:
+    candidate = space(families, tasks=tasks).walk(drawn(data))
+    assert candidate.family in families
+    outputs = build(candidate, tasks_of(tasks))(torch.zeros(2, *INPUT_SHAPE))
+    assert set(outputs) == set(tasks_of(tasks).names)
+
+
+@given(data=st.data(), tasks=st.integers(2, 6))
+def test_the_choices_alone_rebuild_a_candidate_even_after_json(data: st.DataObject, tasks: int) -> None:
+    whole = space(EVERY, tasks=tasks)
+    choices: dict[str, Value] = {}
+    choose = drawn(data)
+
+    def note(name: str, dimension: Dimension) -> Value:
+        assert name not in choices  # each is asked once
+        choices[name] = choose(name, dimension)
+        return choices[name]
+
+    candidate = whole.walk(note)
+    recalled = json.loads(json.dumps(choices))
+    assert whole.walk(recall(recalled)) == candidate
+
+
+@given(data=st.data(), tasks=st.integers(2, 6), groups=st.integers(2, 6))
+def test_a_candidate_is_made_of_what_the_catalogue_shows(
+    data: st.DataObject, tasks: int, groups: int
+) -> None:
+    candidate = space(EVERY, tasks=tasks).walk(drawn(data))
+    schema = json_schema(candidate.family, candidate.backbone, tasks)
+    shown = set(schema["properties"])
+    if candidate.family == "grouped":
+        shown.remove("groups")  # it decides the grouping, and is told by it
+    assert set(candidate.parameters) == shown
+    for name, value in candidate.parameters.items():
+        if name != "grouping":
+            assert allowed(schema["properties"][name], value), name
+
+
+def allowed(field: Mapping[str, Any], value: object) -> bool:
+    if "enum" in field:
+        return value in field["enum"]
+    kind = int if field["type"] == "integer" else int | float
+    return isinstance(value, kind) and field["minimum"] <= value <= field["maximum"]
+
+
+@pytest.mark.parametrize("tasks", sorted(STIRLING))
+def test_the_walk_meets_every_partition_exactly_once(tasks: int) -> None:
+    fixed = {"width": 8, "depth": 1, "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 32}
+    for groups, number in STIRLING[tasks].items():
+        only_groupings = space(["grouped"], {"grouped": {**fixed, "groups": groups}}, tasks)
+        walks = list(every_walk(only_groupings))
+        partitions = Counter(json.dumps(candidate.parameters["grouping"]) for candidate in walks)
+        assert len(partitions) == number
+        assert set(partitions.values()) == {1}
+        assert all(len(candidate.parameters["grouping"]) == groups for candidate in walks)
+
+
+def test_the_groups_of_a_partition_are_open_where_the_job_leaves_them_open() -> None:
+    fixed = {"width": 8, "depth": 1, "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 32}
+    walks = every_walk(space(["grouped"], {"grouped": {**fixed, "groups": [2, 4]}}, tasks=4))
+    assert Counter(len(candidate.parameters["grouping"]) for candidate in walks) == {2: 7, 4: 1}
+
+
+def test_all_but_the_default_groups_are_at_most_eight() -> None:
+    groups = dimensions("dmtg", "mlp", 30)["groups"].domain
+    assert groups == Choices(tuple(range(2, 9)))
+
+
+# Narrowing
+
+
+@given(data=st.data(), family=st.sampled_from(EVERY))
+def test_a_single_value_fixes_a_dimension(data: st.DataObject, family: str) -> None:
+    known = dimensions(family, "mlp", 4)
+    name = data.draw(st.sampled_from(sorted(set(known) - {"groups", "split", "depth"})))
+    value = data.draw(values_in(known[name].domain))
+    fixed = space([family], {family: {name: value}})
+    assert fixed.walk(drawn(data)).parameters[name] == value
+
+
+@given(data=st.data(), family=st.sampled_from(EVERY))
+def test_a_list_leaves_its_values(data: st.DataObject, family: str) -> None:
+    known = dimensions(family, "mlp", 4)
+    name = data.draw(st.sampled_from(sorted(set(known) - {"groups", "split", "depth"})))
+    values = data.draw(st.lists(values_in(known[name].domain), min_size=1, max_size=4))
+    narrowed = space([family], {family: {name: list(values)}})
+    assert narrowed.walk(drawn(data)).parameters[name] in values
+
+
+@given(data=st.data(), family=st.sampled_from(EVERY))
+def test_a_range_bounds_a_number_and_keeps_its_scale(data: st.DataObject, family: str) -> None:
+    known = dimensions(family, "mlp", 4)
+    name = data.draw(
+        st.sampled_from([n for n, d in known.items() if isinstance(d.domain, Range) and n != "split"])
+    )
+    domain = known[name].domain
+    assert isinstance(domain, Range)
+    low, high = sorted(data.draw(st.tuples(*2 * [st.floats(domain.low, domain.high)])))
+    narrowed = space([family], {family: {name: Interval(low=low, high=high)}})
+    assert low <= narrowed.walk(drawn(data)).parameters[name] <= high
+    assert narrowed.table[family, "mlp"][name].domain == Range(low, high, log=domain.log)
+
+
+@given(data=st.data(), family=st.sampled_from(EVERY))
+def test_the_default_candidate_stays_inside_what_the_job_allows(data: st.DataObject, family: str) -> None:
+    known = dimensions(family, "mlp", 5)
+    wanted: dict[str, Any] = {}
+    for name in data.draw(st.lists(st.sampled_from(sorted(known)), unique=True)):
+        domain = known[name].domain
+        if isinstance(domain, Range) and data.draw(st.booleans()):
+            low, high = sorted(float(data.draw(values_in(domain))) for _ in range(2))
+            wanted[name] = Interval(low=low, high=high)
+        else:
+            wanted[name] = data.draw(st.lists(values_in(domain), min_size=1, max_size=3))
+    depths, splits = wanted.get("depth", (1, 2, 3)), wanted.get("split", (0,))
+    least = int(splits.low) if isinstance(splits, Interval) else min(splits)
+    assume(family in ("single", "shared") or least < max(depths))
+    narrowed = space([family], {family: wanted}, tasks=5)
+    for default in narrowed.defaults():
+        candidate = narrowed.walk(recall(default))
+        assert candidate.family == family
+        for name, values in wanted.items():
+            value = candidate.parameters[name]
+            inside = values.low <= value <= values.high if isinstance(values, Interval) else value in values
+            assert inside, name
+        build(candidate, tasks_of(5))
+
+
+def test_defaults_are_the_declared_ones_where_nothing_is_narrowed() -> None:
+    whole = space(EVERY)
+    found = [whole.walk(recall(choices)) for choices in whole.defaults()]
+    assert [candidate.family for candidate in found] == ["single", "shared", "dmtg"]
+    for candidate in found:
+        known = dimensions(candidate.family, "mlp", 4)
+        assert candidate.parameters == {name: dimension.default for name, dimension in known.items()}
+
+
+def test_a_default_outside_is_replaced_by_the_middle() -> None:
+    def default(domain: Choices | Range) -> Value:
+        return default_of(Dimension(name="x", domain=domain, default=100, description=""))
+
+    assert default(Range(1e-4, 1e-2, log=True)) == pytest.approx(1e-3)
+    assert default(Range(2, 4)) == 3
+    assert default(Range(0, 5, integer=True)) in (2, 3)
+    assert default(Choices((1, 2, 3))) == 2
+    assert default(Range(50, 200)) == 100
+
+
+@given(data=st.data(), family=st.sampled_from(["grouped", "dmtg"]), tasks=st.integers(2, 5))
+@settings(max_examples=100)
+def test_at_least_one_unit_always_follows_the_split(data: st.DataObject, family: str, tasks: int) -> None:
+    wanted: dict[str, Any] = {}
+    if data.draw(st.booleans()):
+        wanted["depth"] = data.draw(st.lists(st.sampled_from((1, 2, 3)), min_size=1))
+    if data.draw(st.booleans()):
+        wanted["split"] = data.draw(st.lists(st.sampled_from((0, 1, 2)), min_size=1))
+    possible = min(wanted.get("split", [0])) < max(wanted.get("depth", [3]))
+    if not possible:
+        with pytest.raises(SpaceError, match="split must be less than depth, so at most") as found:
+            space([family], {family: wanted}, tasks)
+        assert found.value.path == (family, "split")
+        return
+    candidate = space([family], {family: wanted}, tasks).walk(drawn(data))
+    assert candidate.parameters["split"] < candidate.parameters["depth"]
+    assert candidate.parameters["split"] in wanted.get("split", (0, 1, 2))
+    assert candidate.parameters["depth"] in wanted.get("depth", (1, 2, 3))
+
+
+def test_a_deep_split_leaves_only_depths_beyond_it() -> None:
+    depths = {candidate.parameters["depth"] for candidate in every_walk(space(["grouped"], {"grouped": {
+        "width": 8, "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 32, "groups": 2, "split": 1,
+    }}, tasks=2))}  # fmt: skip
+    assert depths == {2, 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "kind"),
+    [("width", 24.0, int), ("batch_size", [32.0, 64], int), ("groups", 3.0, int), ("split", 1.0, int)],
+)
+@given(data=st.data())
+@settings(max_examples=10)
+def test_a_whole_number_may_be_written_with_a_point(
+    data: st.DataObject, name: str, value: Any, kind: type
+) -> None:
+    candidate = space(["dmtg"], {"dmtg": {name: value, "depth": [2, 3]}}).walk(drawn(data))
+    assert type(candidate.parameters[name]) is kind
+    build(candidate, tasks_of(4))
+
+
+@pytest.mark.parametrize(
+    ("family", "wanted", "path"),
+    [
+        ("shared", {"lr": 1.0}, ("shared", "lr")),
+        ("shared", {"lr": 0}, ("shared", "lr")),
+        ("shared", {"lr": 10**400}, ("shared", "lr")),
+        ("shared", {"lr": "fast"}, ("shared", "lr")),
+        ("shared", {"lr": True}, ("shared", "lr")),
+        ("shared", {"lr": [1e-3, 1e-3, 5.0]}, ("shared", "lr", 2)),
+        ("shared", {"lr": Interval(low=1e-5, high=1e-3)}, ("shared", "lr")),
+        ("shared", {"lr": Interval(low=1e-3, high=1)}, ("shared", "lr")),
+        ("shared", {"width": 25}, ("shared", "width")),
+        ("shared", {"width": True}, ("shared", "width")),
+        ("shared", {"width": "24"}, ("shared", "width")),
+        ("shared", {"width": [24, 1000]}, ("shared", "width", 1)),
+        ("shared", {"width": [[["a"]]]}, ("shared", "width", 0)),
+        ("shared", {"width": Interval(low=8, high=24)}, ("shared", "width")),
+        ("shared", {"depth": 1.5}, ("shared", "depth")),
+        ("shared", {"tau": 1.0}, ("shared", "tau")),
+        ("shared", {"groups": 2}, ("shared", "groups")),
+        ("shared", {"grouping": [[["a", "b", "c", "d"]]]}, ("shared", "grouping")),
+        ("dmtg", {"split": 0.5}, ("dmtg", "split")),
+        ("dmtg", {"split": Interval(low=0, high=0.5)}, ("dmtg", "split")),
+        ("dmtg", {"split": 3}, ("dmtg", "split")),
+        ("dmtg", {"groups": 5}, ("dmtg", "groups")),
+        ("dmtg", {"groups": 1}, ("dmtg", "groups")),
+        ("dmtg", {"depth": 1, "split": 1}, ("dmtg", "split")),
+        ("grouped", {"grouping": "a|bcd"}, ("grouped", "grouping")),
+        ("grouped", {"grouping": [["a", "b"], ["c"]]}, ("grouped", "grouping")),
+        ("grouped", {"grouping": [["a", "b"], ["c", "d"]], "groups": 2}, ("grouped", "groups")),
+        ("grouped", {"grouping": [["a", "b", "c", "d"], [["a", "b"], ["c", "d"]]]}, ("grouped", "grouping")),
+        ("grouped", {"grouping": [1, 2]}, ("grouped", "grouping")),
+        ("grouped", {"grouping": [[["a", "b"], ["c", "d"]], [["a"], ["b"]]]}, ("grouped", "grouping", 1)),
+        ("grouped", {"grouping": [[["a", "b"], ["b", "c", "d"]]]}, ("grouped", "grouping", 0)),
+        ("grouped", {"grouping": [[["a", "b"], ["c", "x"]]]}, ("grouped", "grouping", 0)),
+        ("grouped", {"grouping": [[["a", "b", "c", "d"], []]]}, ("grouped", "grouping", 0)),
+    ],
+)
+def test_what_a_family_does_not_have_is_refused_at_its_place(
+    family: str, wanted: Any, path: tuple[str | int, ...]
+) -> None:
+    with pytest.raises(SpaceError) as found:
+        space([family], {family: wanted})
+    assert found.value.path == path
+
+
+def test_the_message_names_rule_and_values() -> None:
+    for wanted, message in (
+        ({"lr": 1}, "'lr' must be a number from 0.0001 to 0.03"),
+        ({"width": 7}, r"'width' must be among \[8, 12, 16, 24, 32, 48, 64, 96\]"),
+        ({"width": Interval(low=1, high=2)}, "'width' takes one or several of .*, not a range"),
+        ({"foo": 1}, "'shared' has no 'foo'; it has .*'width'"),
+    ):
+        with pytest.raises(SpaceError, match=message):
+            space(["shared"], {"shared": wanted})
+
+
+def test_narrowing_a_family_that_the_job_leaves_out_is_refused() -> None:
+    with pytest.raises(SpaceError, match="'dmtg' is not among the job's families") as found:
+        space(["shared"], {"dmtg": {"tau": 2}})
+    assert found.value.path == ("dmtg",)
+
+
+@pytest.mark.parametrize("family", ["grouped", "dmtg"])
+def test_one_task_has_nothing_to_group(family: str) -> None:
+    with pytest.raises(SpaceError, match=f"'{family}' needs at least two tasks, found 1"):
+        space([family], tasks=1)
+    assert space(["single", "shared"], tasks=1).families == ("single", "shared")
+
+
+# Given groupings
+
+GIVEN = [[["a", "b"], ["c", "d"]], [["d"], ["a", "c", "b"]], [["c", "d"], ["b", "a"]]]
+
+
+@given(data=st.data())
+def test_given_groupings_are_the_only_ones_and_equal_ones_count_once(data: st.DataObject) -> None:
+    narrowed = space(["grouped"], {"grouped": {"grouping": GIVEN}})  # type: ignore[dict-item]
+    assert len(narrowed.groupings) == 2
+    candidate = narrowed.walk(drawn(data))
+    assert candidate.parameters["grouping"] in ([["a", "b"], ["c", "d"]], [["a", "b", "c"], ["d"]])
+    build(candidate, tasks_of(4))
+
+
+@pytest.mark.parametrize("grouping", [GIVEN[0], GIVEN[:1]], ids=["alone", "in a list"])
+@given(data=st.data())
+def test_a_single_given_grouping_is_no_choice(data: st.DataObject, grouping: Any) -> None:
+    asked: list[str] = []
+    choose = drawn(data)
+
+    def note(name: str, dimension: Dimension) -> Value:
+        asked.append(name)
+        return choose(name, dimension)
+
+    candidate = space(["grouped"], {"grouped": {"grouping": grouping}}).walk(note)
+    assert candidate.parameters["grouping"] == [["a", "b"], ["c", "d"]]
+    assert not any("group" in name.removeprefix("grouped") for name in asked)
+
+
+# The catalogue's schema
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_the_schema_allows_what_can_be_asked_for_and_no_more(family: str) -> None:
+    schema = json_schema(family, "mlp", 4)
+    for name, field in schema["properties"].items():
+        if name == "grouping":
+            continue
+        candidates = field.get("enum") or [field["minimum"], field["maximum"], field["default"]]
+        for value in [*candidates, min(candidates) - 0.5, max(candidates) + 1, -1, math.pi, 10**30, "x"]:
+            try:
+                space([family], {family: {name: value, **({"depth": 3} if name == "split" else {})}})
+            except SpaceError:
+                assert not allowed(field, value), (name, value)
+            else:
+                assert allowed(field, value), (name, value)
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_every_family_and_backbone_is_in_the_space_with_words_for_its_dimensions(family: str) -> None:
+    for backbone in BACKBONES:
+        known = dimensions(family, backbone, 4)
+        assert {"lr", "weight_decay", "batch_size", "width", "depth"} <= set(known)
+        assert set(known) == {
+            dimension.name
+            for dimension in (
+                *RECIPE,
+                *backbone_dimensions(backbone),
+                *family_dimensions(family, backbone, 4),
+            )
+        }
+        assert all(dimension.description for dimension in known.values())
+        assert known["width"].default == BACKBONES[backbone].default_width
+        assert known["depth"].default == BACKBONES[backbone].default_depth

@@ -1,0 +1,141 @@
+"""A server on a real port, without Ray, and a job on it whose networks are real files."""
+
+import hashlib
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import uvicorn
+
+from coterie.models.backbones import MLP
+from coterie.models.export import Preprocessing, write_architecture
+from coterie.models.static import GroupedNetwork
+from coterie.models.tasks import Grouping
+from coterie.search.data.digits import Digits
+from coterie.search.store import (
+    Candidate,
+    Ending,
+    FolderArtifacts,
+    FrontUpdate,
+    JobState,
+    StoredFile,
+    Trial,
+    TrialState,
+)
+from coterie.service.app import create_app
+from coterie.service.config import Settings
+from coterie.service.storage.store import SqlTrialStore
+from tests.service.conftest import RecordingDispatcher, Server
+
+LEFT = ["left_parity", "left_large", "left_loop"]
+RIGHT = ["right_parity", "right_large", "right_loop"]
+ALL = [*LEFT, *RIGHT]
+
+
+class LiveServer(Server):
+    """As `Server`, with a URL that other processes can reach."""
+
+    def __init__(
+        self, url: str, settings: Settings, dispatcher: RecordingDispatcher, client: httpx.Client
+    ) -> None:
+        super().__init__(settings, dispatcher, client)
+        self.url = url
+
+
+@contextmanager
+def live_server(data_dir: Path) -> Iterator[LiveServer]:
+    settings = Settings(data_dir=data_dir, _env_file=None)
+    dispatcher = RecordingDispatcher()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        config = uvicorn.Config(create_app(settings, dispatcher), log_config=None, lifespan="on")
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        with httpx.Client(base_url=url) as client:
+            live = LiveServer(url, settings, dispatcher, client)
+            yield live
+            live.database.close()
+        server.should_exit = True
+        thread.join()
+
+
+def add_trial(
+    server: LiveServer,
+    store: SqlTrialStore,
+    job_id: str,
+    number: int,
+    *,
+    family: str,
+    groups: list[list[str]],
+    delta_m: float,
+    width: int = 8,
+    on_front: bool = True,
+) -> str:
+    """Complete a trial, with its network's files; its macs and params are those of the network."""
+    trial_id = f"trial_{number:016x}"
+    parameters = {"width": width, "depth": 2, "lr": 0.005, "weight_decay": 1e-6, "batch_size": 64, "split": 0}
+    store.add_trial(
+        Trial(
+            id=trial_id,
+            number=number,
+            candidate=Candidate(family=family, backbone="mlp", parameters=parameters),
+            choices={},
+            seed=number,
+        )
+    )
+    store.start_trial(trial_id)
+    folder = FolderArtifacts(server.settings.artifacts_of(job_id)).trial_folder(trial_id)
+    document = _write_network(folder, family, groups, width)
+    costs = {"macs": float(document["macs"]), "params": float(document["params"]), "latency_ms": 0.1}
+    store.end_trial(
+        trial_id,
+        Ending(
+            state=TrialState.COMPLETED,
+            values={"delta_m": delta_m, "total_error": 30.0, **costs},
+            test={"delta_m": delta_m - 1, "total_error": 36.0, **costs},
+            grouping=groups,
+            epochs=2,
+            files={file.name: _describe(file) for file in folder.iterdir()},
+        ),
+        FrontUpdate(on_front=on_front, displaced=(), hypervolume=float(number + 1), size=1),
+    )
+    return trial_id
+
+
+def _write_network(folder: Path, family: str, groups: list[list[str]], width: int) -> dict[str, int]:
+    tasks = Digits.tasks()
+    backbone = MLP(input_shape=Digits.shape(), width=width, depth=2)
+    network = GroupedNetwork(backbone=backbone, tasks=tasks, grouping=Grouping.from_names(groups, tasks))
+    document = write_architecture(
+        folder, network, family=family, preprocessing=Preprocessing(mean=(3.0,), std=(5.0,)), metadata={}
+    )
+    cost: dict[str, int] = document["cost"]
+    return cost
+
+
+def _describe(file: Path) -> StoredFile:
+    content = file.read_bytes()
+    return StoredFile(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+
+
+def finished_job(server: LiveServer, name: str = "digits") -> str:
+    """A succeeded job: three points on the front and a trial behind it."""
+    job_id = server.submit(name=name)
+    store = server.claim()
+    store.set_reference_point({"delta_m": -300.0, "macs": 1e6})
+    add_trial(server, store, job_id, 0, family="single", groups=[[name] for name in ALL], delta_m=8.0)
+    add_trial(server, store, job_id, 1, family="grouped", groups=[LEFT, RIGHT], delta_m=4.0)
+    add_trial(server, store, job_id, 2, family="shared", groups=[ALL], delta_m=-2.5)
+    add_trial(server, store, job_id, 3, family="dmtg", groups=[ALL], delta_m=-9.0, on_front=False)
+    store.finish(JobState.SUCCEEDED, None)
+    return job_id
