@@ -243,9 +243,9 @@ def judge(candidate: Trial, grouped: Runs, shared: Runs, fallback: Trial) -> Con
         return Conclusion(sentence, grouped.best)
     if min(shared.gains) > max(grouped.gains):
         sentence = (
-            f"No grouping is recommended: on fresh seeds each of {SEEDS} runs of one shared network of no fewer "
-            "macs has a higher delta_m than every run of the best grouping found; whether another one pays, or "
-            f"this one at equal macs, can't be told at this budget ({figures})."
+            f"No grouping is recommended: on fresh seeds each of {SEEDS} runs of one shared network of no "
+            "fewer macs has a higher delta_m than every run of the best grouping found; whether another one "
+            f"pays, or this one at equal macs, can't be told at this budget ({figures})."
         )
         return Conclusion(sentence, shared.best)
     sentence = (
