@@ -19,6 +19,7 @@ YARDSTICK_SEEDS = (0, 1, 2)
 
 # What is worse than this adds nothing to the hypervolume; costs are in multiples of the yardstick's.
 WORST_MEASURED_COST = 10.0
+WORST_SIZE = 1.1  # in multiples of the largest single-task set, so that it adds some volume itself
 WORST_GAIN = -300.0  # errors four times those of the yardstick
 WORST_ERROR = 1.0
 
@@ -91,14 +92,14 @@ def make_yardstick(plan: Plan, references: Mapping[ReferenceKey, Reference]) -> 
 def make_reference_point(plan: Plan, yardstick: Yardstick) -> dict[str, float]:
     """The worst values that count in the hypervolume, fixed for the job before its first trial.
 
-    macs and params: those of the largest single-task set in the space, so that every candidate counts.
+    macs and params: a little above the largest single-task set in the space, so every candidate counts.
     Measured costs: ten times the yardstick's. Gains: -300 %. Errors: every answer wrong.
     """
     largest = plan.largest_cost()
     point = {}
     for metric, _ in plan.objectives:
         if metric in largest:
-            point[metric] = largest[metric]
+            point[metric] = WORST_SIZE * largest[metric]
         elif metric in COSTS:
             point[metric] = WORST_MEASURED_COST * yardstick.costs[metric]
         elif metric == "total_error":

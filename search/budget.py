@@ -68,7 +68,7 @@ class Ledger:
 
     def spent(self) -> str | None:
         """Which limit leaves no time for running trials either, in words; None where they may go on."""
-        if self.failures > self._budget.failures:
+        if self.failed:
             return f"more than {self._budget.failures} trials failed"
         if self._budget.seconds is not None and self.seconds >= self._budget.seconds:
             return f"the budget of {self._budget.seconds:g} seconds is spent"

@@ -105,6 +105,7 @@ class SearchController:
             candidate=trial.candidate,
             seed=trial.seed,
             epochs=self._plan.spec.budget.epochs,
+            recorded=trial.epochs,
         )
 
     def started(self, trial_id: str) -> None:

@@ -11,6 +11,7 @@ from coterie.search.store import Fenced, StoreUnavailable, TrialStore
 logger = logging.getLogger(__name__)
 
 BEAT_SECONDS = 2.0  # how often an idle recorder says that it lives; a lease outlasts several of them
+YIELD_SECONDS = 0.01  # about what the search needs to propose the next trial and hand it to Ray
 FIRST_RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 10.0
 
@@ -73,11 +74,17 @@ class Recorder:
                     action = _beat
                 if action is None:
                     return
+                self._yield()
                 self._apply(action)
         except BaseException as error:
             if not isinstance(error, Fenced):
                 logger.exception("the recorder stopped")
             self._error = error
+
+    def _yield(self) -> None:
+        """Let the search decide and start what follows first: the two threads share one interpreter."""
+        if self._queue.empty():
+            self._stop.wait(YIELD_SECONDS)
 
     def _apply(self, action: Callable[[TrialStore], None]) -> None:
         wait = FIRST_RETRY_SECONDS

@@ -8,13 +8,14 @@ never read, since the store is the only truth. Facts about Ray that shape this f
   ending.
 - `max_failures` loses a trial whose actor dies in a reset, so it stays 0, and the controller suggests the
   trial again, which goes on from its own checkpoint.
-- A report comes before Tune's checkpoint. Ours is written before the report and holds the report, so a kill
-  repeats no epoch and leaves no gap.
+- A report comes before Tune's checkpoint. Ours is written before the report and holds the latest ones, so a
+  kill repeats no epoch and leaves no gap.
 - Searcher, scheduler and callback get pickled by Tune; they have nothing to say there.
 """
 
 import logging
 import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -106,6 +107,7 @@ def run_search(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple
             ending = controller.verdict()
         recorder.write(lambda store: store.finish(*ending))
         recorder.flush()
+    artifacts.drop_working_files()
     return ending
 
 
@@ -240,7 +242,7 @@ class TrialActor(tune.Trainable):
         self._assignment: Assignment = new_config["assignment"]
         self._checkpoints = self._artifacts.checkpoint_folder(self._assignment.trial_id)
         self._training: Training | None = None
-        self._unreported: Measurement | None = None
+        self._unreported: deque[Measurement] = deque()
         return True
 
     def step(self) -> dict[str, Any]:
@@ -265,15 +267,16 @@ class TrialActor(tune.Trainable):
     def _advance(self) -> dict[str, Any]:
         if self._training is None:
             self._training = Training(self._assignment, self._bench, self._yardstick)
-            self._unreported = self._training.restore(self._checkpoints)
+            found = self._training.restore(self._checkpoints)
+            self._unreported.extend(m for m in found if m.epoch > self._assignment.recorded)
         training = self._training
-        measurement, self._unreported = self._unreported, None
-        if measurement is None:
-            measurement = training.run_epoch()
-            if not training.done:  # the last epoch's would be deleted at once
-                training.save(self._checkpoints, measurement)
+        if self._unreported:
+            return {"measurement": self._unreported.popleft(), "ending": None, "done": False}
+        measurement = training.run_epoch()
         report: dict[str, Any] = {"measurement": measurement, "ending": None, "done": training.done}
-        if training.done:
+        if not training.done:  # the last epoch's checkpoint would be deleted at once
+            training.save(self._checkpoints)
+        else:
             report["ending"] = training.finish(self._artifacts.trial_folder(self._assignment.trial_id))
         return report
 

@@ -36,6 +36,19 @@ def _planned(*values: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+def _only(default: int) -> BeforeValidator:
+    """Refuse every other number in these words: the code serves this one alone yet."""
+
+    def check(value: object) -> object:
+        if type(value) is int and value != default:
+            raise PydanticCustomError(
+                "not_implemented", "only {default} is implemented yet", {"default": default}
+            )
+        return value
+
+    return BeforeValidator(check)
+
+
 def _unique(key: Callable[[Any], object], what: str) -> AfterValidator:
     def check(items: list[Any]) -> list[Any]:
         seen: set[object] = set()
@@ -140,11 +153,16 @@ class SamplerSpec(_Part):
 
 
 class SchedulerSpec(_Part):
-    """What stops candidates early."""
+    """What stops candidates early. Not implemented yet: every candidate trains to its end."""
 
     name: Annotated[Literal["none"], _planned("pareto_asha", "asha")] = Field(
-        default="none",
-        description="Early stopping is not implemented yet: every candidate trains to its end.",
+        default="none", description="Not implemented yet: only none."
+    )
+    eta: Annotated[Literal[3], _only(3)] = Field(
+        default=3, description="A rung keeps the best 1/eta. Not implemented yet: only 3."
+    )
+    grace_epochs: Annotated[Literal[1], _only(1)] = Field(
+        default=1, description="Epochs before the first rung. Not implemented yet: only 1."
     )
 
 
@@ -218,18 +236,31 @@ class BudgetSpec(_Part):
         return self
 
 
+def _whole_above_one(gpus: float) -> float:
+    """Ray shares a GPU, or reserves whole ones."""
+    if gpus > 1 and not gpus.is_integer():
+        raise PydanticCustomError("no_whole_number", "above 1, gpus must be a whole number")
+    return gpus
+
+
 class ResourcesSpec(_Part):
     """What one trial reserves."""
 
     cpus: float = Field(default=1, gt=0, le=1024, description="CPU cores a trial.")
-    gpus: float = Field(default=0, ge=0, le=64, description="GPUs a trial; a fraction shares one.")
+    gpus: Annotated[float, AfterValidator(_whole_above_one)] = Field(
+        default=0, ge=0, le=64, description="GPUs a trial; a fraction shares one, above 1 only whole ones."
+    )
 
 
 class ConfirmSpec(_Part):
     """Retraining of the front's best with fresh seeds."""
 
-    top: Literal[0] = Field(default=0, description="Candidates to retrain. Not implemented yet: only 0.")
-    seeds: Literal[3] = Field(default=3, description="Seeds for each of them. Not implemented yet: only 3.")
+    top: Annotated[Literal[0], _only(0)] = Field(
+        default=0, description="Candidates to retrain. Not implemented yet: only 0."
+    )
+    seeds: Annotated[Literal[3], _only(3)] = Field(
+        default=3, description="Seeds for each of them. Not implemented yet: only 3."
+    )
 
 
 class JobSpec(_Part):

@@ -11,6 +11,7 @@ The contract, for every store (`tests/contracts/` holds each to it):
 """
 
 import copy
+import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -274,6 +275,9 @@ class ArtifactStore(Protocol):
     def scratch(self) -> Path:
         """A folder of the job for the runner's own files, existing."""
 
+    def drop_working_files(self) -> None:
+        """Delete what only a running job needs: checkpoints and the runner's own files."""
+
 
 @dataclass(frozen=True)
 class FolderArtifacts:
@@ -289,6 +293,10 @@ class FolderArtifacts:
 
     def scratch(self) -> Path:  # noqa: D102
         return self._made("scratch")
+
+    def drop_working_files(self) -> None:  # noqa: D102
+        for folder in ("checkpoints", "scratch"):
+            shutil.rmtree(self.root / folder, ignore_errors=True)
 
     def _made(self, *parts: str) -> Path:
         folder = self.root.joinpath(*parts)

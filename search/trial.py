@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import time
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from coterie.models.backbones import BACKBONES
 from coterie.models.cost import count_cost, measure_latency_ms
-from coterie.models.export import Preprocessing, write_architecture
+from coterie.models.export import ARCHITECTURE_FILE, WEIGHTS_FILE, Preprocessing, write_architecture
 from coterie.models.families import build_network
 from coterie.models.metrics import task_errors
 from coterie.models.tasks import Task, TaskSet
@@ -27,8 +28,8 @@ from coterie.search.space import RECIPE, backbone_dimensions
 from coterie.search.store import Candidate, Ending, Measurement, Reference, StoredFile, TrialState
 
 CHECKPOINT = "checkpoint.safetensors"
+MEASUREMENTS_KEPT = 100  # in a checkpoint: far more than a driver has waiting to be recorded
 RECIPE_NAMES = frozenset(dimension.name for dimension in RECIPE)
-MODEL_FILES = ("architecture.json", "weights.safetensors")
 
 
 class Diverged(Exception):
@@ -44,12 +45,14 @@ class Assignment:
         candidate: What to train.
         seed: Of initialisation, shuffling and noise.
         epochs: Length of the training.
+        recorded: Epochs whose measurements the driver has already.
     """
 
     trial_id: str
     candidate: Candidate
     seed: int
     epochs: int
+    recorded: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,6 +147,7 @@ class Training:
         groups = self.network.parameter_groups(float(recipe["lr"]), float(recipe["weight_decay"]))
         self._optimizer = torch.optim.Adam(groups, fused=True)
         self._generator = torch.Generator().manual_seed(assignment.seed)
+        self._recent: deque[Measurement] = deque(maxlen=MEASUREMENTS_KEPT)
         self.epoch = 0
         self.device_seconds = 0.0
 
@@ -175,12 +179,19 @@ class Training:
         self.epoch += 1
         errors = evaluate(self.network, self._bench.validation, self._bench.tasks)
         self.device_seconds += (time.perf_counter() - began) * self._bench.devices
-        return self._measurement(errors)
+        self._recent.append(self._measurement(errors))
+        return self._recent[-1]
 
     def finish(self, folder: Path) -> Ending:
-        """Prune, measure the static network on validation and test, and write it to `folder`."""
+        """Prune, measure the static network on validation and test, and write it to `folder`.
+
+        Raises:
+            Diverged: If a weight is not finite.
+        """
         began = time.perf_counter()
         bench = self._bench
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
+            raise Diverged("the last steps left weights that are not finite")
         network = self.network.prune()
         validation = evaluate(network, bench.validation, bench.tasks)
         test = evaluate(network, bench.test, bench.tasks)
@@ -225,11 +236,14 @@ class Training:
             grouping=None if grouping is None else grouping.names(bench.tasks),
             epochs=self.epoch,
             device_seconds=self.device_seconds,
-            files={name: _describe(folder / name) for name in MODEL_FILES},
+            files={name: _describe(folder / name) for name in (ARCHITECTURE_FILE, WEIGHTS_FILE)},
         )
 
-    def save(self, folder: Path, measurement: Measurement) -> None:
-        """Write the checkpoint, atomically: a kill leaves the old one or the new one, never half of one."""
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint, atomically: a kill leaves the old one or the new one, never half of one.
+
+        It holds the latest measurements too, since a driver that dies may not have recorded them yet.
+        """
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
         state = self._optimizer.state_dict()
         for index, entry in state["state"].items():
@@ -238,7 +252,7 @@ class Training:
         about = {
             "epoch": self.epoch,
             "device_seconds": self.device_seconds,
-            "measurement": asdict(measurement),
+            "measurements": [asdict(measurement) for measurement in self._recent],
         }
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{CHECKPOINT}.{os.getpid()}.part"
@@ -246,15 +260,15 @@ class Training:
         save_file(contiguous, part, metadata={"training": json.dumps(about)})
         part.replace(folder / CHECKPOINT)
 
-    def restore(self, folder: Path) -> Measurement | None:
+    def restore(self, folder: Path) -> list[Measurement]:
         """Go on from the checkpoint in `folder`.
 
         Returns:
-            The measurement of its last epoch, which may not have been recorded; None without a checkpoint.
+            The measurements of its last epochs, oldest first; empty without a checkpoint.
         """
         path = folder / CHECKPOINT
         if not path.exists():
-            return None
+            return []
         with safe_open(path, framework="pt", device=str(self._bench.device)) as file:
             about = json.loads(file.metadata()["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
@@ -268,7 +282,8 @@ class Training:
         self._generator.set_state(tensors["generator"].cpu())
         self.epoch = about["epoch"]
         self.device_seconds = about["device_seconds"]
-        return Measurement(**about["measurement"] | {"worker": worker_name()})
+        self._recent.extend(Measurement(**entry) for entry in about["measurements"])
+        return list(self._recent)
 
     def _measurement(self, errors: Mapping[str, float]) -> Measurement:
         values = {} if self._yardstick is None else self._all_values(errors, self._yardstick.validation)

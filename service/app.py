@@ -6,6 +6,7 @@ from typing import Any
 
 from anyio.to_thread import run_sync
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from coterie.service import VERSION, schemas
 from coterie.service.config import Settings
@@ -27,17 +28,6 @@ _ROUTERS = (
 _COMPONENT = "#/components/schemas/{model}"
 
 
-class Server(FastAPI):
-    """FastAPI whose document also describes the problem documents."""
-
-    def openapi(self) -> dict[str, Any]:
-        """The OpenAPI document."""
-        document = super().openapi()
-        problem = schemas.Problem.model_json_schema(ref_template=_COMPONENT)
-        document["components"]["schemas"] |= {**problem.pop("$defs"), "Problem": problem}
-        return document
-
-
 def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> FastAPI:
     """Build the server; nothing is opened before its lifespan begins.
 
@@ -45,15 +35,26 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
         settings: The operator's.
         dispatcher: What runs the jobs; by default Ray does.
     """
-    app = Server(
+    app = FastAPIOffline(
         title="Coterie",
         version=VERSION,
         description="Search for multi-task learning: which tasks to learn together, and in which network.",
         lifespan=_lifespan(settings, dispatcher),
         redirect_slashes=False,
+        redoc_url=None,
+        static_url="/docs/assets",
         # One JobSpec in the document: what may be left out going in, though it always comes out.
         separate_input_output_schemas=False,
     )
+    plain_document = app.openapi
+
+    def document_with_problems() -> dict[str, Any]:
+        document = plain_document()
+        problem = schemas.Problem.model_json_schema(ref_template=_COMPONENT)
+        document["components"]["schemas"] |= {**problem.pop("$defs"), "Problem": problem}
+        return document
+
+    app.openapi = document_with_problems  # type: ignore[method-assign] # as FastAPI's manual has it
     install_handlers(app)
     for router in _ROUTERS:
         app.include_router(router)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from coterie.search.store import JOB_ENDED, FolderArtifacts
 from coterie.service.config import Settings
 from coterie.service.ray_head import RayHead, RayHeadError, start_head
 from coterie.service.storage.database import Database
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 5.0  # after Ray or the database failed
+ANSWER_SECONDS = 20.0  # Ray takes up to 10 to find the agent that starts a job
 MOST_FRUITLESS_ATTEMPTS = 3  # drivers in a row that died without ending a trial
 
 # States of a Ray Job after which its driver is gone.
@@ -44,7 +46,7 @@ class Dispatcher:
         self._database = database
         self._head: RayHead | None = None
         self._client: Any = None
-        self._live: dict[str, RunningJob] = {}
+        self._live: set[str] = set()  # submission ids of drivers that are not known to be gone
         self._problem: str | None = "Ray is starting"
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -86,6 +88,8 @@ class Dispatcher:
         try:
             while not self._stopping.is_set():
                 try:
+                    if self._head is not None and not self._head.alive():
+                        self._drop_head("Ray ended")
                     if self._client is None:
                         self._connect()
                     self._tick()
@@ -95,8 +99,6 @@ class Dispatcher:
                     logger.exception("the dispatcher could not do its work and tries again")
                     self._problem = f"{type(error).__name__}: {error}".splitlines()[0]
                     pause = RETRY_SECONDS
-                if self._head is not None and not self._head.alive():
-                    self._drop_head("Ray ended")
                 self._wake.wait(pause)
                 self._wake.clear()
         finally:
@@ -105,21 +107,20 @@ class Dispatcher:
 
     def _connect(self) -> None:
         """Reach Ray. An embedded head starts empty, so whatever SQL says is running is not."""
-        from ray.job_submission import JobSubmissionClient  # takes a second, which the server need not wait
-
         if self._settings.ray_address is not None:
-            self._client = JobSubmissionClient(self._settings.ray_address)
+            self._client = job_client(self._settings.ray_address)
             return
-        began = time.monotonic()
-        head = start_head(
-            self._settings.data_dir, num_cpus=self._settings.node_cpus, num_gpus=self._settings.gpus
-        )
-        logger.info("Ray takes jobs after %.1f s", time.monotonic() - began)
+        if self._head is None:
+            began = time.monotonic()
+            self._head = start_head(
+                self._settings.data_dir, num_cpus=self._settings.node_cpus, num_gpus=self._settings.gpus
+            )
+            logger.info("Ray takes jobs after %.1f s", time.monotonic() - began)
         self._requeue_all("the server was restarted")
-        self._head = head
+        head = self._head
         # Ray's client follows these before the address that it is given, and a proxy can't reach loopback.
         os.environ |= head.environment() | {"NO_PROXY": f"{os.environ.get('NO_PROXY', '')},127.0.0.1"}
-        self._client = JobSubmissionClient(head.dashboard_url, headers=head.headers())
+        self._client = job_client(head.dashboard_url, head.headers())
 
     def _drop_head(self, reason: str) -> None:
         assert self._head is not None
@@ -140,26 +141,36 @@ class Dispatcher:
 
     def _tick(self) -> None:
         with self._database.read() as session:
-            running = {job.job_id: job for job in JobRepository(session).running()}
-        for job_id, job in list(self._live.items()):
-            if running.get(job_id, job).attempt != job.attempt or job_id not in running:
-                self._end_driver(job)
-        for job in running.values():
+            running = JobRepository(session).running()
+        for submission_id in sorted(self._live - {job.submission_id for job in running}):
+            self._end_driver(submission_id)
+        for job in running:
             self._check(job)
         while len(self._live) < self._settings.max_running_jobs and not self._stopping.is_set():
             with self._database.write() as session:
                 claimed = JobRepository(session).claim_next(_now(), self._lease)
             if claimed is None:
                 return
-            self._submit(claimed)
+            try:
+                self._submit(claimed)
+            except Exception:  # for no fault of the job's
+                with self._database.write() as session:
+                    JobRepository(session).requeue(
+                        claimed.job_id, claimed.attempt, "Ray did not take it", _now(), preempted=True
+                    )
+                raise
 
-    def _end_driver(self, job: RunningJob) -> None:
-        """The job has ended in SQL: its driver has no more to do, and its place is free once it is gone."""
-        if self._status(job) in GONE:
-            del self._live[job.job_id]
-        else:
-            self._client.stop_job(job.submission_id)
-            self._wake.set()
+    def _end_driver(self, submission_id: str) -> None:
+        """The attempt is over in SQL: its driver has no more to do, and its place is free once it is gone."""
+        if self._status(submission_id) not in GONE:
+            self._client.stop_job(submission_id)
+            return
+        self._live.discard(submission_id)
+        job_id = submission_id.rpartition("-")[0]
+        with self._database.read() as session:
+            ended = JobRepository(session).get(job_id).state in JOB_ENDED
+        if ended:  # and not only this attempt at it
+            FolderArtifacts(self._settings.artifacts_of(job_id)).drop_working_files()
 
     def _check(self, job: RunningJob) -> None:
         """Give a job whose driver is gone or silent back to the queue."""
@@ -167,10 +178,10 @@ class Dispatcher:
             if job.lease_expires_at < _now():
                 self._give_up(job, "it was claimed but never submitted")
             return
-        self._live[job.job_id] = job
-        status = self._status(job)
+        self._live.add(job.submission_id)
+        status = self._status(job.submission_id)
         if status in GONE:
-            del self._live[job.job_id]
+            self._live.discard(job.submission_id)
             self._give_up(job, f"its driver ended early (Ray says {status})")
         elif job.lease_expires_at < _now():
             self._client.stop_job(job.submission_id)
@@ -203,33 +214,39 @@ class Dispatcher:
         command = [python, "-P", "-m", "coterie.service.worker", job_id, str(attempt), str(order)]
         submission_id = f"{job_id}-{attempt}"
         with self._database.write() as session:
-            JobRepository(session).set_submission(job_id, attempt, submission_id)
+            if not JobRepository(session).set_submission(job_id, attempt, submission_id):
+                return  # it was cancelled meanwhile
+        self._live.add(submission_id)
         self._client.submit_job(
             entrypoint=shlex.join(command),
             submission_id=submission_id,
-            metadata={"coterie_job": job_id, "name": claimed.spec.name},
+            metadata={"coterie_job": job_id, "name": claimed.name},
         )
-        with self._database.read() as session:
-            self._live |= {
-                job.job_id: job for job in JobRepository(session).running() if job.job_id == job_id
-            }
         logger.info("attempt %d at %s was submitted", attempt, job_id)
 
-    def _status(self, job: RunningJob) -> str:
-        """What Ray says of a job's driver; one that it doesn't know is gone."""
-        from ray.job_submission import JobStatus
-
+    def _status(self, submission_id: str) -> str:
+        """What Ray says of a driver; one that it doesn't know is gone."""
         try:
-            status: JobStatus = self._client.get_job_status(job.submission_id)
+            return str(self._client.get_job_status(submission_id).value)
         except RuntimeError as error:
-            if "404" in str(error):
-                return JobStatus.STOPPED.value
+            if str(error).startswith("Request failed with status code 404"):
+                return "STOPPED"
             raise
-        return str(status.value)
 
     @property
     def _lease(self) -> timedelta:
         return timedelta(seconds=self._settings.lease_seconds)
+
+
+def job_client(address: str, headers: dict[str, str] | None = None) -> Any:
+    """Ray's client of the job API at `address`, which by itself would wait for answers without end."""
+    from ray.job_submission import JobSubmissionClient  # takes a second, which the server need not wait
+
+    class _Client(JobSubmissionClient):
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, timeout=ANSWER_SECONDS, **options)
+
+    return _Client(address, headers=headers)
 
 
 def _now() -> datetime:

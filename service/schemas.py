@@ -67,7 +67,7 @@ class TrialCounts(Schema):
     pending: int = Field(description="Waiting to run, or to go on after an interruption.")
     running: int = Field(description="Training now.")
     completed: int = Field(description="Trained to the end.")
-    stopped: int = Field(description="Ended early, because others were better.")
+    stopped: int = Field(description="Ended early, as when time or device-seconds were spent.")
     failed: int = Field(description="Ended by an error of their own.")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, text
 from sqlalchemy.engine import make_url
-from sqlalchemy.exc import ArgumentError, OperationalError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
 from sqlalchemy.orm import Session
 
 from coterie.search.store import StoreUnavailable
@@ -96,7 +96,10 @@ def _open(url: str) -> Engine:
     serializer = partial(json.dumps, allow_nan=False)
     file = sqlite_file(url)
     if file is None:
-        return create_engine(url, json_serializer=serializer, pool_pre_ping=True)
+        try:
+            return create_engine(url, json_serializer=serializer, pool_pre_ping=True)
+        except (ImportError, NoSuchModuleError) as error:
+            raise DatabaseUnavailable(f"its driver is not installed: {error}") from error
     _create_private(file)
     engine = create_engine(url, json_serializer=serializer, connect_args={"timeout": BUSY_TIMEOUT_SECONDS})
     event.listen(engine, "connect", _prepare_sqlite)

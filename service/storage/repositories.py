@@ -41,7 +41,7 @@ class Claimed:
 
     job_id: str
     attempt: int
-    spec: JobSpec
+    name: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +198,7 @@ class JobRepository:
                 reference_device_seconds=0.0,
             )
         )
-        return Claimed(row.id, row.attempt, JobSpec.model_validate(row.spec))
+        return Claimed(row.id, row.attempt, row.name)
 
     def running(self) -> list[RunningJob]:
         """The running jobs, oldest first."""

@@ -36,6 +36,7 @@ class Witness(InMemoryStore):
     ) -> None:
         super().__init__(shared)
         self.references_trained = 0
+        self.most_unfinished = 0
         self._after = after
 
     def add_reference(self, key: ReferenceKey, reference: Reference) -> None:
@@ -44,6 +45,8 @@ class Witness(InMemoryStore):
 
     def measure(self, trial_id: str, measurement: Measurement) -> None:
         super().measure(trial_id, measurement)
+        unfinished = [trial for trial in self.trials if trial.ending is None]
+        self.most_unfinished = max(self.most_unfinished, len(unfinished))
         if self._after is not None:
             self._after(self, trial_id, measurement)
 
@@ -84,6 +87,7 @@ def run(plan: Plan, store: Witness, folder: Path) -> Outcome:
         "history": store.history,
         "state": store.state,
         "references_trained": store.references_trained,
+        "most_unfinished": store.most_unfinished,
         "reference_point": store.resume().reference_point,
     }
 
@@ -118,7 +122,7 @@ class DiesInReset(TrialActor):
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         is_reset = hasattr(self, "_assignment")  # and not the first assignment, which setup takes
         taken = super().reset_config(new_config)
-        died = self._artifacts.scratch() / "died"
+        died = self._artifacts.root / "died"
         if is_reset and not died.exists():
             died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
@@ -133,7 +137,7 @@ def killed_in_reset(folder: Path) -> list[Outcome]:
         outcome = run(plan_of(), Witness().with_references_of(references), folder / "killed_in_reset")
     finally:
         runner.TrialActor = whole  # type: ignore[misc]
-    assert (folder / "killed_in_reset" / "scratch" / "died").exists()
+    assert (folder / "killed_in_reset" / "died").exists()
     return [expected, outcome]
 
 
@@ -177,7 +181,7 @@ def out_of_time_for_references(folder: Path) -> list[Outcome]:
 
 def side_by_side(folder: Path) -> list[Outcome]:
     """As many trials at a time as fit."""
-    plan = plan_of(budget={"trials": 4, "epochs": 1000})
+    plan = plan_of(budget={"trials": 6, "epochs": 5})
     return [run(plan, referenced(plan), folder / "side_by_side")]
 
 

@@ -6,6 +6,7 @@ Store, recorder, ledger, sampler and front are the real ones.
 import contextlib
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -410,7 +411,7 @@ def test_a_trial_whose_process_died_goes_on_under_its_number_before_new_ones(
         driver.crash(first.trial_id)
         driver.recorder.flush()
         assert (store.trials[0].state, store.trials[0].crashes) == (TrialState.PENDING, 1)
-        assert driver.start() == first
+        assert driver.start() == replace(first, recorded=1)
         for _ in range(2):
             driver.step(first.trial_id)
     assert len(store.trials) == 1

@@ -154,7 +154,10 @@ def _last(value: object) -> object:
 
 
 def test_confirming_takes_its_defaults_only() -> None:
-    assert set(faults(job("confirm", {"top": 3, "seeds": 5}))) == {"confirm.top", "confirm.seeds"}
+    assert faults(job("confirm", {"top": 3, "seeds": 5})) == {
+        "confirm.top": "only 0 is implemented yet",
+        "confirm.seeds": "only 3 is implemented yet",
+    }
 
 
 @pytest.mark.parametrize(
@@ -177,6 +180,12 @@ def test_numbers_keep_their_bounds(place: str, least: float, greatest: float, st
         JobSpec.model_validate(job(place, value))
     for value in (least - step, greatest + max(step, 1), -(10**30), 10**30):
         assert place in faults(job(place, value)), value
+
+
+def test_a_gpu_is_shared_or_whole() -> None:
+    for value in (0, 0.25, 1, 2.0):
+        JobSpec.model_validate(job("resources.gpus", value))
+    assert "resources.gpus" in faults(job("resources.gpus", 1.5))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -24,6 +24,7 @@ from coterie.search.objective import METRICS, Yardstick, metric_directions
 from coterie.search.store import Candidate, Ending, Measurement, TrialState
 from coterie.search.trial import (
     CHECKPOINT,
+    MEASUREMENTS_KEPT,
     Assignment,
     Bench,
     Diverged,
@@ -179,13 +180,12 @@ def test_a_restored_trial_goes_on_bit_by_bit_as_if_never_interrupted(
 
     interrupted = start(family, seed=5)
     for _ in range(after):
-        measurement = interrupted.run_epoch()
-    interrupted.save(tmp_path, measurement)
+        interrupted.run_epoch()
+    interrupted.save(tmp_path)
 
     restored = start(family, seed=5)
     repeated = restored.restore(tmp_path)
-    assert repeated is not None
-    assert timeless(repeated) == timeless(expected[after - 1])
+    assert [timeless(m) for m in repeated] == [timeless(m) for m in expected[:after]]
     assert [timeless(m) for m in run(restored)] == [timeless(m) for m in expected[after:]]
     assert equal(what_was_learned(restored), what_was_learned(whole))
 
@@ -197,7 +197,8 @@ def test_a_trial_may_be_interrupted_after_every_epoch(family: str, start: Start,
     for _ in range(EPOCHS):
         training = start(family)
         training.restore(tmp_path)
-        training.save(tmp_path, training.run_epoch())
+        training.run_epoch()
+        training.save(tmp_path)
     assert training.done
     assert equal(what_was_learned(training), what_was_learned(whole))
 
@@ -208,7 +209,8 @@ def test_a_trial_ends_the_same_whether_interrupted_or_not(family: str, start: St
     for interrupted in (False, True):
         training = start(family)
         if interrupted:
-            training.save(tmp_path, training.run_epoch())
+            training.run_epoch()
+            training.save(tmp_path)
             training = start(family)
             training.restore(tmp_path)
         run(training)
@@ -231,27 +233,38 @@ def test_a_trial_ends_the_same_whether_interrupted_or_not(family: str, start: St
 
 def test_there_is_nothing_to_restore_without_a_checkpoint(start: Start, tmp_path: Path) -> None:
     training = start()
-    assert training.restore(tmp_path / "nowhere") is None
+    assert training.restore(tmp_path / "nowhere") == []
     assert training.epoch == 0
 
 
-def test_a_restored_measurement_names_the_worker_that_goes_on(start: Start, tmp_path: Path) -> None:
+def test_a_checkpoint_holds_no_more_than_the_latest_measurements(start: Start, tmp_path: Path) -> None:
     training = start()
-    training.save(tmp_path, replace(training.run_epoch(), worker="gone:1"))
-    restored = start().restore(tmp_path)
-    assert restored is not None
-    assert restored.worker == worker_name()
+    for _ in range(MEASUREMENTS_KEPT + 3):
+        training.run_epoch()
+    training.save(tmp_path)
+    found = start().restore(tmp_path)
+    assert [measurement.epoch for measurement in found] == list(range(4, MEASUREMENTS_KEPT + 4))
+
+
+def test_a_network_whose_last_step_broke_it_is_no_result(start: Start, tmp_path: Path) -> None:
+    training = start()
+    run(training)
+    with torch.no_grad():
+        next(training.network.parameters()).fill_(float("inf"))
+    with pytest.raises(Diverged, match="not finite"):
+        training.finish(tmp_path)
+    assert not any(tmp_path.iterdir())
 
 
 def test_half_a_checkpoint_is_never_read(start: Start, tmp_path: Path) -> None:
     half = tmp_path / f"{CHECKPOINT}.4711.part"
     half.write_bytes(b"\x00\x01 half of one")
-    assert start().restore(tmp_path) is None
+    assert start().restore(tmp_path) == []
     training = start()
-    training.save(tmp_path, training.run_epoch())
+    training.run_epoch()
+    training.save(tmp_path)
     half.write_bytes(b"\x00\x01 half of the next one")
-    restored = start().restore(tmp_path)
-    assert restored is not None
+    [restored] = start().restore(tmp_path)
     assert restored.epoch == 1
 
 
@@ -259,11 +272,13 @@ def test_a_save_that_is_cut_short_leaves_the_old_checkpoint(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     training = start()
-    training.save(tmp_path, training.run_epoch())
+    training.run_epoch()
+    training.save(tmp_path)
     before = (tmp_path / CHECKPOINT).read_bytes()
     monkeypatch.setattr(Path, "replace", _power_cut)
+    training.run_epoch()
     with pytest.raises(KeyboardInterrupt):
-        training.save(tmp_path, training.run_epoch())
+        training.save(tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
 
 
@@ -275,7 +290,8 @@ def test_only_the_last_checkpoint_is_kept_and_it_can_be_dropped(start: Start, tm
     folder = tmp_path / "checkpoints" / "trial_1"
     training = start()
     for _ in range(3):
-        training.save(folder, training.run_epoch())
+        training.run_epoch()
+        training.save(folder)
     assert [path.name for path in folder.iterdir()] == [CHECKPOINT]
     drop_checkpoint(folder)
     drop_checkpoint(folder)  # as often as one likes
@@ -284,7 +300,8 @@ def test_only_the_last_checkpoint_is_kept_and_it_can_be_dropped(start: Start, tm
 
 def test_a_checkpoint_holds_no_pickle(start: Start, tmp_path: Path) -> None:
     training = start("dmtg")
-    training.save(tmp_path, training.run_epoch())
+    training.run_epoch()
+    training.save(tmp_path)
     assert load_file(tmp_path / CHECKPOINT)  # nothing but tensors and text
 
 
@@ -293,10 +310,10 @@ def test_device_seconds_go_on_over_an_interruption_and_leave_it_out(start: Start
     first = training.run_epoch()
     second = training.run_epoch()
     assert 0 < first.device_seconds < second.device_seconds
-    training.save(tmp_path, second)
+    training.save(tmp_path)
     time.sleep(0.3)
     restored = start()
-    assert restored.restore(tmp_path) == second
+    assert restored.restore(tmp_path) == [first, second]
     assert restored.device_seconds == second.device_seconds
     third = restored.run_epoch()
     assert second.device_seconds < third.device_seconds < second.device_seconds + 0.3

@@ -1,5 +1,6 @@
 """The document that clients are generated from."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -123,3 +124,13 @@ def test_problems_are_as_the_document_says(client: httpx.Client, document: dict[
         client.put("/v1/jobs"),
     ):
         Draft202012Validator(schema).validate(answer.json())
+
+
+def test_the_documents_page_needs_nothing_from_outside(client: httpx.Client) -> None:
+    page = client.get("/docs").text
+    needed = re.findall(r'(?:src|href)="([^"]+)"', page)
+    assert any(path.endswith(".js") for path in needed)
+    for path in needed:
+        assert path.startswith("/")
+        assert client.get(path).status_code == 200, path
+    assert "http" not in page.replace("http-equiv", "")

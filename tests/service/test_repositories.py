@@ -71,7 +71,7 @@ def test_a_claimed_job_runs_under_a_lease(database: Database) -> None:
     job_id = _create(database)
     claimed = _claim(database)
     assert claimed is not None
-    assert (claimed.attempt, claimed.spec.budget.trials) == (1, 2)
+    assert (claimed.attempt, claimed.name) == (1, "search")
     with database.write() as session:
         jobs = JobRepository(session)
         assert jobs.set_submission(job_id, 1, "job-1")

@@ -102,3 +102,8 @@ def test_a_database_that_is_gone_is_unavailable(tmp_path: Path) -> None:
     folder.rmdir()
     with pytest.raises(DatabaseUnavailable):
         database.check_reachable()
+
+
+def test_a_database_whose_driver_is_missing_is_said_to_be_unusable() -> None:
+    with pytest.raises(DatabaseUnavailable, match="driver is not installed"):
+        Database("mysql+nothing://127.0.0.1/coterie")

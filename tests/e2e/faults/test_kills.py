@@ -72,11 +72,6 @@ def test_a_job_outlives_the_death_of_each_of_its_processes(server: Any) -> None:
     found = server.wait_until_over(job)
     assert (found["state"], found["reason"]) == ("succeeded", None)
     trials = server.trials(job)
-    print(
-        [(t["number"], t["state"], t["reason"]) for t in trials],
-        server.sql("select * from attempts"),
-        server.log(),
-    )
     assert [trial["number"] for trial in trials] == list(range(TRIALS))
     assert all(trial["state"] == "completed" for trial in trials)
     after = {trial["id"]: trial for trial in trials}
@@ -134,6 +129,8 @@ def test_a_cancelled_job_ends_within_seconds_and_leaves_no_process(server: Any) 
 
     assert {trial["state"] for trial in server.trials(long)} <= {"completed", "cancelled"}
     assert server.trials(queued) == []
+    folder = server.data_dir / "jobs" / long
+    server.wait_for(lambda: not (folder / "checkpoints").exists() and not (folder / "scratch").exists(), 10)
     following = server.submit(SPEC | {"budget": {"trials": 1, "epochs": 1}})
     assert server.wait_until_over(following)["state"] == "succeeded"
 
