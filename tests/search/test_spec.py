@@ -108,7 +108,7 @@ def test_what_was_asked_for_is_kept_as_it_was() -> None:
         "dataset.path",
         "search.sampeler",
         "search.sampler.seed",
-        "search.scheduler.eta",
+        "search.scheduler.rungs",
         "budget.hours",
         "resources.memory",
         "confirm.all",
@@ -151,6 +151,13 @@ def _last(value: object) -> object:
     while isinstance(value, dict | list):
         value = list(value.values() if isinstance(value, dict) else value)[-1]
     return value
+
+
+def test_early_stopping_takes_its_defaults_only() -> None:
+    assert faults(job("search.scheduler", {"eta": 2, "grace_epochs": 2})) == {
+        "search.scheduler.eta": "only 3 is implemented yet",
+        "search.scheduler.grace_epochs": "only 1 is implemented yet",
+    }
 
 
 def test_confirming_takes_its_defaults_only() -> None:
