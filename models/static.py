@@ -1,76 +1,138 @@
-"""The static network that a trial of a grouping family ends with."""
+"""The static network that a trial ends with: plain layers, no gates, no groups to learn."""
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from coterie.models.backbones import Backbone
-from coterie.models.heads import build_head
-from coterie.models.tasks import Grouping, TaskSet
+from coterie.models.graph import INPUT, Chain, Layers, Node, infer_shapes
 
-# Shapes: B batch, D features.
+# Shapes: B batch.
 
 
-class GroupedNetwork(nn.Module):
-    """A shared prefix, one branch for each group of tasks, one head for each task.
+@dataclass(frozen=True, kw_only=True)
+class Graph:
+    """A static network as data.
 
-    The weights are drawn from torch's global generator, in the order prefix, branches, heads. Equal
-    arguments and an equal seed give bit-equal networks.
-
-    Args:
-        backbone: Its first `split` units are the prefix, each branch has the rest.
-        tasks: One head for each, in order.
-        grouping: Branch k belongs to `grouping.groups[k]`.
-        split: Units that all groups share, from 0 (nothing but the input) to `backbone.units - 1`.
-
-    Raises:
-        ValueError: If `split` is out of range, the grouping is of another number of tasks, or a task's kind
-            has no head.
+    Attributes:
+        input_shape: Of one sample.
+        nodes: In an order in which each stands behind its inputs.
+        outputs: Task name -> the node that answers it, in the tasks' order.
     """
 
-    def __init__(self, *, backbone: Backbone, tasks: TaskSet, grouping: Grouping, split: int = 0) -> None:
-        super().__init__()
-        if type(split) is not int or not 0 <= split < backbone.units:
-            raise ValueError(f"split: must be a whole number from 0 to {backbone.units - 1}, found {split!r}")
-        if len(grouping.labels) != len(tasks):
-            raise ValueError(f"grouping: must be of {len(tasks)} tasks, found one of {len(grouping.labels)}")
-        self.backbone = backbone
-        self.tasks = tasks
-        self.grouping = grouping
-        self.split = split
-        units = backbone.build()
-        self.prefix = nn.Sequential(*units[:split])
-        self.branches = nn.ModuleList([nn.Sequential(*units[split:])])
-        self.branches.extend(nn.Sequential(*backbone.build()[split:]) for _ in grouping.groups[1:])
-        self.heads = nn.ModuleList(build_head(task, backbone.features) for task in tasks)
+    input_shape: tuple[int, ...]
+    nodes: tuple[Node, ...]
+    outputs: Mapping[str, str]
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of one sample's value at each node, `INPUT` included; allocates nothing.
+
+        Raises:
+            ValueError: If a layer can't take what it gets.
+        """
+        return infer_shapes(self.nodes, self.input_shape)
+
+    def users(self) -> dict[str, tuple[str, ...]]:
+        """The tasks whose answer reads each node, in the tasks' order."""
+        tasks: dict[str, set[str]] = {node.name: set() for node in self.nodes}
+        for task, output in self.outputs.items():
+            tasks[output].add(task)
+        for node in reversed(self.nodes):
+            for name in node.inputs:
+                if name != INPUT:
+                    tasks[name] |= tasks[node.name]
+        return {name: tuple(task for task in self.outputs if task in used) for name, used in tasks.items()}
+
+
+class StaticNetwork(Layers):
+    """A graph of layers with an answer for each task.
+
+    Args:
+        graph: What it consists of. The weights are fresh, drawn from torch's global generator.
+
+    Raises:
+        ValueError: If the graph is not allowed.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__(graph.nodes, graph.outputs.values())
+        self.graph = graph
 
     @classmethod
-    def from_state(
-        cls, state: dict[str, Tensor], *, backbone: Backbone, tasks: TaskSet, grouping: Grouping, split: int
-    ) -> Self:
+    def from_state(cls, graph: Graph, state: Mapping[str, Tensor]) -> Self:
         """Build the network around the tensors of `state`, without drawing or copying; in eval mode.
 
         Raises:
-            ValueError: As the class does.
+            ValueError: If the graph is not allowed.
             RuntimeError: If `state` does not fit, as in `nn.Module.load_state_dict`.
         """
-        network = cls.empty(backbone=backbone, tasks=tasks, grouping=grouping, split=split)
+        network = cls.empty(graph)
         network.load_state_dict(state, assign=True)
         return network.eval()
 
     @classmethod
-    def empty(cls, *, backbone: Backbone, tasks: TaskSet, grouping: Grouping, split: int) -> Self:
+    def empty(cls, graph: Graph) -> Self:
         """Build the network on the meta device: shapes without memory, nothing drawn."""
         with torch.device("meta"):
-            return cls(backbone=backbone, tasks=tasks, grouping=grouping, split=split)
+            return cls(graph)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Give each task's logits: [B, *input_shape] -> {task name: [B]}, in the tasks' order."""
-        shared = self.prefix(x)
-        branch_of = self.grouping.labels
-        features_BD = [branch(shared) for branch in self.branches]
-        return {
-            name: head(features_BD[branch])
-            for name, head, branch in zip(self.tasks.names, self.heads, branch_of, strict=True)
-        }
+        """Give each task's output: [B, *input_shape] -> {task name: ...}, in the tasks' order."""
+        values = self.run(x)
+        return {task: values[name] for task, name in self.graph.outputs.items()}
+
+
+class Assembly:
+    """Puts a static network together, node by node, around copies of trained weights.
+
+    A layer without weights that does what an earlier one does is that one; what no task reads is left out.
+    """
+
+    def __init__(self, input_shape: tuple[int, ...]) -> None:
+        self._input_shape = input_shape
+        self._nodes: list[Node] = []
+        self._state: dict[str, Tensor] = {}
+        self._known: dict[object, str] = {}
+
+    def add(self, node: Node, state: Mapping[str, Tensor] | None = None) -> str:
+        """Add a layer with its weights, by their names in the layer; give the name of its value's node."""
+        key = (node.kind, node.inputs, tuple(sorted(node.settings.items())))
+        if not state:
+            if key in self._known:
+                return self._known[key]
+            self._known[key] = node.name
+        self._nodes.append(node)
+        for name, tensor in (state or {}).items():
+            self._state[f"{node.name}.{name}"] = tensor.detach().clone()
+        return node.name
+
+    def chain(self, prefix: str, chain: Chain, source: str) -> str:
+        """Add a chain as it is, each name behind `prefix`, reading `source`; give its output's name."""
+        names = {INPUT: source}
+        for node in chain.nodes:
+            inputs = tuple(names[name] for name in node.inputs)
+            renamed = Node(f"{prefix}.{node.name}", node.kind, inputs, node.settings)
+            names[node.name] = self.add(renamed, chain.layer(node.name).state_dict())
+        return names[chain.output]
+
+    def chains(self, prefix: str, chains: Sequence[nn.Module], source: str) -> str:
+        """Add chains one behind another."""
+        for chain in chains:
+            assert isinstance(chain, Chain)
+            source = self.chain(prefix, chain, source)
+        return source
+
+    def finish(self, outputs: Mapping[str, str]) -> StaticNetwork:
+        """Give the network with these outputs, in eval mode."""
+        used = set(outputs.values())
+        kept: list[Node] = []
+        for node in reversed(self._nodes):
+            if node.name in used:
+                kept.append(node)
+                used |= set(node.inputs)
+        names = {node.name for node in kept}
+        state = {key: value for key, value in self._state.items() if key.rpartition(".")[0] in names}
+        graph = Graph(input_shape=self._input_shape, nodes=tuple(reversed(kept)), outputs=dict(outputs))
+        return StaticNetwork.from_state(graph, state)

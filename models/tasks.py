@@ -1,7 +1,7 @@
 """Tasks, task sets and groupings: the words that every other module speaks in."""
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self, overload
@@ -26,6 +26,52 @@ class Direction(StrEnum):
     MINIMIZE = "minimize"
 
 
+_UP, _DOWN = Direction.MAXIMIZE, Direction.MINIMIZE
+
+# The metrics of each kind, and which way they are better; the first judges a task unless it names another.
+KIND_METRICS: Mapping[TaskKind, Mapping[str, Direction]] = {
+    TaskKind.BINARY: {"error": _DOWN, "accuracy": _UP, "auc": _UP, "f1": _UP},
+    TaskKind.MULTICLASS: {"error": _DOWN, "accuracy": _UP, "auc": _UP, "f1": _UP},
+    TaskKind.REGRESSION: {"rmse": _DOWN, "mae": _DOWN},
+    TaskKind.SEGMENTATION: {"miou": _UP, "pixel_accuracy": _UP},
+    TaskKind.DEPTH: {"abs_error": _DOWN, "rel_error": _DOWN, "rmse": _DOWN},
+    TaskKind.NORMALS: {
+        "angle_mean": _DOWN,
+        "angle_median": _DOWN,
+        "within_11.25": _UP,
+        "within_22.5": _UP,
+        "within_30": _UP,
+    },
+    TaskKind.DENSE_REGRESSION: {"rmse": _DOWN, "mae": _DOWN},
+}
+
+# The losses of each kind; the first one is its default.
+KIND_LOSSES: Mapping[TaskKind, tuple[str, ...]] = {
+    TaskKind.BINARY: ("cross_entropy",),
+    TaskKind.MULTICLASS: ("cross_entropy",),
+    TaskKind.REGRESSION: ("mse", "l1"),
+    TaskKind.SEGMENTATION: ("cross_entropy",),
+    TaskKind.DEPTH: ("l1", "shifted_l1"),
+    TaskKind.NORMALS: ("cosine", "l1", "shifted_l1"),
+    TaskKind.DENSE_REGRESSION: ("l1", "mse"),
+}
+
+CLASSIFICATION = frozenset({TaskKind.BINARY, TaskKind.MULTICLASS})
+DENSE = frozenset({TaskKind.SEGMENTATION, TaskKind.DEPTH, TaskKind.NORMALS, TaskKind.DENSE_REGRESSION})
+
+# Least and greatest number of outputs of each kind.
+_MOST_OUTPUTS = 65_536
+_OUTPUTS: Mapping[TaskKind, tuple[int, int]] = {
+    TaskKind.BINARY: (1, 1),
+    TaskKind.MULTICLASS: (2, _MOST_OUTPUTS),
+    TaskKind.REGRESSION: (1, _MOST_OUTPUTS),
+    TaskKind.SEGMENTATION: (2, _MOST_OUTPUTS),
+    TaskKind.DEPTH: (1, 1),
+    TaskKind.NORMALS: (3, 3),
+    TaskKind.DENSE_REGRESSION: (1, _MOST_OUTPUTS),
+}
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """One supervised target on the shared input.
@@ -33,9 +79,10 @@ class Task:
     Attributes:
         name: Unique in its task set.
         kind: Decides head, loss and metric.
-        outputs: Numbers that its head gives a sample (1 logit for a binary task).
-        metric: Name of the metric that judges it; `error` is the share of wrong answers, in [0, 1].
-        direction: Which way the metric is better.
+        outputs: Numbers that its head gives a sample, or a place of a dense task's map: 1 for binary and
+            depth, 3 for normals, the number of classes for multiclass and segmentation.
+        metric: Name of the metric that judges it, one of `KIND_METRICS`; the kind's first by default.
+        loss: Name of its loss, one of `KIND_LOSSES`; the kind's first by default.
         weight: Factor of its loss in the sum over tasks, above 0.
 
     Raises:
@@ -45,17 +92,35 @@ class Task:
     name: str
     kind: TaskKind
     outputs: int = 1
-    metric: str = "error"
-    direction: Direction = Direction.MINIMIZE
+    metric: str = ""
+    loss: str = ""
     weight: float = 1.0
 
     def __post_init__(self) -> None:
         if not self.name:
             raise ValueError("name: must not be empty")
-        if self.outputs < 1 or (self.kind is TaskKind.BINARY and self.outputs != 1):
-            raise ValueError(f"outputs: must be at least 1, and 1 for a binary task, found {self.outputs}")
+        least, most = _OUTPUTS[self.kind]
+        if type(self.outputs) is not int or not least <= self.outputs <= most:
+            rule = f"{least}" if least == most else f"from {least} to {most}"
+            raise ValueError(f"outputs: of a {self.kind.value} task must be {rule}, found {self.outputs!r}")
+        metrics, losses = KIND_METRICS[self.kind], KIND_LOSSES[self.kind]
+        object.__setattr__(self, "metric", self.metric or next(iter(metrics)))
+        object.__setattr__(self, "loss", self.loss or losses[0])
+        if self.metric not in metrics:
+            raise ValueError(
+                f"metric: of a {self.kind.value} task must be one of {list(metrics)}, found {self.metric!r}"
+            )
+        if self.loss not in losses:
+            raise ValueError(
+                f"loss: of a {self.kind.value} task must be one of {list(losses)}, found {self.loss!r}"
+            )
         if not 0 < self.weight < math.inf:
             raise ValueError(f"weight: must be a finite number above 0, found {self.weight}")
+
+    @property
+    def direction(self) -> Direction:
+        """Which way its metric is better."""
+        return KIND_METRICS[self.kind][self.metric]
 
 
 class TaskSet(Sequence[Task]):

@@ -1,10 +1,11 @@
+from dataclasses import replace
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coterie.models.tasks import Grouping, Task, TaskKind, TaskSet
+from coterie.models.tasks import KIND_LOSSES, KIND_METRICS, Grouping, Task, TaskKind, TaskSet
 
 labels = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
 
@@ -67,14 +68,55 @@ def test_names_that_are_not_a_partition_are_refused(groups: list[list[str]]) -> 
         ("name", ""),
         ("outputs", 0),
         ("outputs", 2),
+        ("outputs", True),
         ("weight", 0.0),
         ("weight", -1.0),
         ("weight", float("nan")),
     ],
 )
 def test_a_task_that_breaks_a_rule_is_refused_by_its_fields_name(field: str, value: object) -> None:
-    with pytest.raises(ValueError, match=f"{field}: must"):
+    with pytest.raises(ValueError, match=f"{field}: .*must"):
         Task(**{"name": "a", "kind": TaskKind.BINARY, field: value})  # type: ignore[arg-type]
+
+
+OUTPUTS = {TaskKind.MULTICLASS: 2, TaskKind.SEGMENTATION: 2, TaskKind.NORMALS: 3}
+every_kind = pytest.mark.parametrize("kind", TaskKind)
+
+
+@every_kind
+def test_a_task_has_its_kinds_first_metric_and_loss_unless_it_names_another(kind: TaskKind) -> None:
+    task = Task(name="a", kind=kind, outputs=OUTPUTS.get(kind, 1))
+    assert task.metric == next(iter(KIND_METRICS[kind]))
+    assert task.loss == KIND_LOSSES[kind][0]
+    for metric, direction in KIND_METRICS[kind].items():
+        assert replace(task, metric=metric).direction is direction
+    for loss in KIND_LOSSES[kind]:
+        assert replace(task, loss=loss).loss == loss
+
+
+@every_kind
+def test_a_task_that_names_another_kinds_metric_or_loss_is_refused_with_its_own(kind: TaskKind) -> None:
+    with pytest.raises(ValueError, match=f"metric: of a {kind.value} task must be one of .*, found 'speed'"):
+        Task(name="a", kind=kind, outputs=OUTPUTS.get(kind, 1), metric="speed")
+    with pytest.raises(ValueError, match=f"loss: of a {kind.value} task must be one of .*, found 'hinge'"):
+        Task(name="a", kind=kind, outputs=OUTPUTS.get(kind, 1), loss="hinge")
+
+
+@pytest.mark.parametrize(
+    ("kind", "outputs"),
+    [
+        (TaskKind.BINARY, 2),
+        (TaskKind.MULTICLASS, 1),
+        (TaskKind.SEGMENTATION, 1),
+        (TaskKind.DEPTH, 2),
+        (TaskKind.NORMALS, 1),
+        (TaskKind.REGRESSION, 65_537),
+        (TaskKind.DENSE_REGRESSION, 0),
+    ],
+)
+def test_a_number_of_outputs_that_does_not_go_with_the_kind_is_refused(kind: TaskKind, outputs: int) -> None:
+    with pytest.raises(ValueError, match=f"outputs: of a {kind.value} task must be .*, found {outputs}"):
+        Task(name="a", kind=kind, outputs=outputs)
 
 
 def test_a_task_set_has_tasks_with_unique_names_and_keeps_their_order() -> None:
