@@ -5,26 +5,33 @@ Gao et al., "DMTG: One-Shot Differentiable Multi-Task Grouping", ICML 2024, arXi
 
 import copy
 import math
-from collections.abc import Mapping
-from typing import Any, Literal, get_args
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, Self, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from coterie.models.backbones import Backbone
-from coterie.models.families.base import MultiTaskNetwork
+from coterie.models.affinity import AffinityMeter, best_partition, centred_affinity, check_groups
+from coterie.models.backbones import Backbone, Feature
+from coterie.models.families.base import Losses, MultiTaskNetwork
+from coterie.models.families.grouped import assemble_groups, check_split
+from coterie.models.heads import Head, Necks
 from coterie.models.losses import task_losses
-from coterie.models.static import GroupedNetwork
+from coterie.models.static import StaticNetwork
 from coterie.models.tasks import Grouping, TaskSet
 
-# Shapes: B batch, T tasks, K groups, D features.
+# Shapes: A heads of a task, B batch, D features, K groups, N tasks with equally many heads, S draws, T tasks.
 
 Scaling = Literal["intended", "as_released", "off"]
-LossNormalisation = Literal["none", "initial"]
+LossNormalisation = Literal["none", "initial", "running"]
+Start = Literal["equal", "affinity"]
 
 CELEBA_TAU = 2.5  # the paper's CelebA recipe; its Taskonomy recipe has 4
-LOSS_FLOOR = 1e-8  # an initial loss of zero would make every later one infinite
+LOSS_FLOOR = 1e-8  # a loss of nearly zero would make later ones infinite
+LOSS_MEMORY = 0.99  # the running mean looks back about a hundred batches
+START_SCALE = 1.5  # times tau: the typical wrong head keeps about 6 % of the sample, which A can still undo
+EXPECTATION_DRAWS = 4096  # of a Sobol sequence: E[G] to about 1e-3
 
 
 class DMTG(MultiTaskNetwork):
@@ -40,14 +47,27 @@ class DMTG(MultiTaskNetwork):
     and one Adam moves weights and logits together. In the end task t belongs to group argmax_k A[t, k], and
     only head (k*, t) counts; groups that no task chose vanish in `prune`.
 
-    The K * T heads are one batched matrix product and one loss call in training: allclose to the plain loop.
+    The linear heads of a branch are one matrix product in training, the losses of one kind one call: allclose
+    to the plain loop.
+
+    Ours, off in the faithful form:
+
+    - **Affinity start**: the first epochs train one branch for all tasks and measure their one-step affinity.
+      Then all branches and heads start from equal, untrained weights (on `digits` better than from those that
+      all tasks have pulled at), and A at the affinities to the members of the best partition's groups.
+    - **Progressive pruning**: a head whose expected sample E[G][t, k] stays below `epsilon` leaves the
+      computation with its loss, and a branch without heads too. The softmax goes over the others; the noise
+      is drawn as before.
+    - **Fine-tuning** (the paper's published networks had one): the last epochs train each group on its own
+      tasks, with A, the prefix and its batch-norm statistics fixed.
 
     Args:
         backbone: What is split into prefix and branches.
         tasks: The job's tasks.
         groups: K, from 1 to the number of tasks.
         split: Units of the shared prefix.
-        tau: Temperature of the relaxed sample, above 0.
+        tau: Temperature of the relaxed sample, above 0, at the first epoch.
+        tau_end: At the last one, reached geometrically; None keeps it constant, as in the paper.
         logits_lr: Learning rate of A; None takes the weights'. Adam moves A by about its learning rate a
             step, so this times the number of steps bounds how decided the groups can get.
         entropy_weight: Factor, from 0, of the mean over tasks of the sum over k of the binary entropies of
@@ -55,14 +75,27 @@ class DMTG(MultiTaskNetwork):
         scaling: `intended` multiplies the gradient by 1/sqrt(K) between prefix and branches and by 1/sqrt(T)
             between a branch and its heads (the paper's choice for dense tasks); `as_released` by 1/sqrt(K) at
             both places, which is what the released code computes; `off` leaves it as it is.
-        loss_normalisation: `initial` divides each task's loss by its value on the first batch, the mean over
-            the K heads (ours, for losses of different scale); `none` is the paper's form.
+        loss_normalisation: Divides each task's loss, for losses of different scale (ours): by its value on
+            the first batch (`initial`) or its running mean (`running`), averaged over the task's heads;
+            `none` is the paper's form.
+        init: `equal` starts A at ones, as the paper does; `affinity` see above.
+        probe: Share of the epochs that the affinity start takes, above 0; one epoch at the least, and never
+            the last one.
+        epsilon: Of the progressive pruning, from 0, which prunes nothing, to below 1.
+        patience: Epochs, from 1, at whose beginnings E[G] must be below `epsilon` in a row.
+        fine_tune: Share of the epochs that fine-tune at the end, from 0 to below 1 (with the affinity start,
+            below 1 - `probe`).
 
     Raises:
-        ValueError: If a parameter is out of range, or as `GroupedNetwork` does.
+        ValueError: If a parameter is out of range, or the backbone can't feed a task's head; nothing is
+            allocated then.
     """
 
-    initial_losses_T: Tensor
+    loss_scales_T: Tensor
+    dropped_TK: Tensor
+    _active_TK: Tensor
+    faint_since_TK: Tensor
+    probing: Tensor
 
     def __init__(
         self,
@@ -72,49 +105,78 @@ class DMTG(MultiTaskNetwork):
         groups: int,
         split: int = 0,
         tau: float = CELEBA_TAU,
+        tau_end: float | None = None,
         logits_lr: float | None = None,
         entropy_weight: float = 0.0,
         scaling: Scaling = "off",
         loss_normalisation: LossNormalisation = "none",
+        init: Start = "equal",
+        probe: float = 0.25,
+        epsilon: float = 0.0,
+        patience: int = 2,
+        fine_tune: float = 0.0,
     ) -> None:
-        super().__init__(tasks)
-        if type(groups) is not int or not 1 <= groups <= len(tasks):
-            raise ValueError(f"groups: must be a whole number from 1 to {len(tasks)}, found {groups!r}")
-        for name, value in (("tau", tau), ("logits_lr", logits_lr)):
+        super().__init__(backbone, tasks)
+        check_groups(len(tasks), groups)
+        check_split(split, backbone)
+        for name, value in (("tau", tau), ("tau_end", tau_end), ("logits_lr", logits_lr)):
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name}: must be a finite number above 0, found {value!r}")
         if not 0 <= entropy_weight < math.inf:
             raise ValueError(f"entropy_weight: must be a finite number from 0, found {entropy_weight!r}")
-        if scaling not in get_args(Scaling):
-            raise ValueError(f"scaling: must be one of {get_args(Scaling)}, found {scaling!r}")
-        if loss_normalisation not in get_args(LossNormalisation):
-            raise ValueError(
-                f"loss_normalisation: must be one of {get_args(LossNormalisation)}, "
-                f"found {loss_normalisation!r}"
-            )
-        self.backbone = backbone
+        for name, choice, choices in (
+            ("scaling", scaling, get_args(Scaling)),
+            ("loss_normalisation", loss_normalisation, get_args(LossNormalisation)),
+            ("init", init, get_args(Start)),
+        ):
+            if choice not in choices:
+                raise ValueError(f"{name}: must be one of {choices}, found {choice!r}")
+        if not 0 < probe < 1:
+            raise ValueError(f"probe: must be a share of the epochs between 0 and 1, found {probe!r}")
+        if not 0 <= epsilon < 1:
+            raise ValueError(f"epsilon: must be from 0 to below 1, found {epsilon!r}")
+        if type(patience) is not int or patience < 1:
+            raise ValueError(f"patience: must be a whole number from 1, found {patience!r}")
+        most = 1 - probe if init == "affinity" else 1
+        if not 0 <= fine_tune < most:
+            raise ValueError(f"fine_tune: must be from 0 to below {most:g}, found {fine_tune!r}")
         self.split = split
         self.tau = tau
+        self.tau_end = tau if tau_end is None else tau_end
         self.logits_lr = logits_lr
         self.entropy_weight = entropy_weight
         self.loss_normalisation = loss_normalisation
+        self.probe = probe
+        self.epsilon = epsilon
+        self.patience = patience
+        self.fine_tune = fine_tune
         self.branch_scale, self.head_scale = {
             "intended": (groups**-0.5, len(tasks) ** -0.5),
             "as_released": (groups**-0.5, groups**-0.5),
             "off": (1.0, 1.0),
         }[scaling]
 
-        start = GroupedNetwork(
-            backbone=backbone, tasks=tasks, grouping=Grouping.together(len(tasks)), split=split
-        )
-        self.prefix = start.prefix
-        self.branches = nn.ModuleList(copy.deepcopy(start.branches[0]) for _ in range(groups))
-        weight_TD = torch.cat([head.get_parameter("weight").detach() for head in start.heads])
-        bias_T = torch.cat([head.get_parameter("bias").detach() for head in start.heads])
-        self.head_weight_KTD = nn.Parameter(weight_TD.repeat(groups, 1, 1))
-        self.head_bias_KT = nn.Parameter(bias_T.repeat(groups, 1))
+        self.necks = Necks(backbone, tasks)
+        units = backbone.build()
+        self.prefix = nn.Sequential(*units[:split])
+        first = nn.Sequential(*units[split:])
+        self.branches = nn.ModuleList([first, *(copy.deepcopy(first) for _ in range(groups - 1))])
+        heads = nn.ModuleList(Head(task, backbone) for task in tasks)
+        self.heads = nn.ModuleList([heads, *(copy.deepcopy(heads) for _ in range(groups - 1))])
         self.A_TK = nn.Parameter(torch.ones(len(tasks), groups))
-        self.register_buffer("initial_losses_T", torch.full((len(tasks),), math.nan))
+        self.register_buffer("loss_scales_T", torch.zeros(len(tasks)))  # 0 until a loss was seen
+        self.register_buffer("dropped_TK", torch.zeros(len(tasks), groups, dtype=torch.bool))
+        self.register_buffer("faint_since_TK", torch.full((len(tasks), groups), -1))  # an epoch, or -1
+        probing = init == "affinity" and groups > 1
+        self.register_buffer("probing", torch.tensor(probing))
+        self.register_buffer("_active_TK", ~self.dropped_TK, persistent=False)
+        self.meter = AffinityMeter(tasks) if probing else None
+
+        # What `begin_epoch` makes of the state and the epoch.
+        self._tau = tau
+        self._probing = probing
+        self._tuning = False
+        self._plan()
 
     @property
     def grouping(self) -> Grouping:
@@ -122,38 +184,61 @@ class DMTG(MultiTaskNetwork):
         return Grouping.from_labels(self._labels())
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Give the logits of each task's head in its group: [B, *input_shape] -> {task name: [B]}."""
+        """Give the output of each task's head in its group: [B, *input_shape] -> {task name: ...}."""
         labels = self._labels()
         shared = self.prefix(x)
-        features = {k: self.branches[k](shared) for k in set(labels)}
+        features = {k: self.necks(self.branches[k](shared)) for k in set(labels)}
         return {
-            name: F.linear(features[k], *self._head(k, t)).squeeze(-1)
-            for t, (name, k) in enumerate(zip(self.tasks.names, labels, strict=True))
+            name: head(features[k][head.reads])
+            for name, k, head in zip(self.tasks.names, labels, self._chosen_heads(labels), strict=True)
         }
 
-    def training_loss(self, x: Tensor, targets: Mapping[str, Tensor], generator: torch.Generator) -> Tensor:
-        """Give the loss at one relaxed sample of the grouping, drawn from `generator`.
+    def losses(self, x: Tensor, targets: Mapping[str, Tensor], generator: torch.Generator) -> Losses:
+        """Give the losses at one relaxed sample of the grouping, drawn from `generator`.
 
         The noise is drawn on the generator's device, so that a generator on the CPU gives the same noise
-        wherever the network is.
+        wherever the network is. Nothing is drawn where the grouping is fixed.
         """
+        if self._probing and self.meter:
+            self.meter.step(self, self._probed_parameters(), x, targets)
+        if self._fixed:
+            return self.losses_at(self._active_TK.to(self.A_TK), x, targets)
         noise_TK = gumbel_noise(self.A_TK.shape, generator).to(self.A_TK)
-        return self.loss_at(gumbel_softmax(self.A_TK, noise_TK, self.tau), x, targets)
+        return self.losses_at(gumbel_softmax(self._logits(), noise_TK, self._tau), x, targets)
 
-    def loss_at(self, G_TK: Tensor, x: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
-        """Give the loss at a given relaxed grouping [T, K], whose rows sum to 1.
+    def losses_at(self, G_TK: Tensor, x: Tensor, targets: Mapping[str, Tensor]) -> Losses:
+        """Give the losses at a given relaxed grouping [T, K], whose rows sum to 1 over the heads left.
 
-        With `initial` normalisation the first call sets what later losses are divided by.
+        With `initial` normalisation a task's first loss sets what later ones are divided by.
         """
-        losses_KT = task_losses(self._all_heads(x), targets, self.tasks)
-        if self.loss_normalisation == "initial":
-            first_T = losses_KT.detach().mean(dim=0).clamp(min=LOSS_FLOOR)
-            self.initial_losses_T = torch.where(self.initial_losses_T.isnan(), first_T, self.initial_losses_T)
-            losses_KT = losses_KT / self.initial_losses_T
-        loss = (G_TK.T * losses_KT).sum(dim=0) @ self.task_weights_T
-        if self.entropy_weight:
-            loss = loss + self.entropy_weight * grouping_entropy(self.A_TK)
-        return loss
+        losses_KT = self._head_losses(x, targets)
+        if self.loss_normalisation != "none":
+            self._follow_losses(losses_KT.detach().sum(dim=0) / self._active_TK.sum(dim=1))
+            losses_KT = losses_KT / torch.where(self.loss_scales_T > 0, self.loss_scales_T, 1)
+        penalty = losses_KT.new_zeros(())
+        if self.entropy_weight and not self._fixed:
+            penalty = self.entropy_weight * grouping_entropy(self._logits())
+        return Losses((G_TK.T * losses_KT).sum(dim=0), penalty)
+
+    def begin_epoch(self, epoch: int, epochs: int) -> bool:
+        """Set the temperature, end the affinity start, drop faint heads, start to fine-tune."""
+        self._tau = self.tau * (self.tau_end / self.tau) ** (epoch / max(epochs - 1, 1))
+        self._tuning = epoch >= epochs - round(self.fine_tune * epochs)
+        self.train(self.training)
+        grouped = bool(self.probing) and epoch >= probe_epochs(self.probe, epochs)
+        if grouped:
+            self._start_groups()
+        self._probing = bool(self.probing)
+        if self.epsilon and not self._probing:
+            self._drop_heads(epoch)
+        self._plan()
+        return grouped
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode; a prefix that is fixed keeps its batch-norm statistics."""
+        super().train(mode)
+        self.prefix.train(mode and not self._tuning)
+        return self
 
     def parameter_groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Give the weights, and A at its own learning rate and without decay."""
@@ -164,46 +249,162 @@ class DMTG(MultiTaskNetwork):
             {"params": [self.A_TK], "lr": logits_lr, "weight_decay": 0.0},
         ]
 
-    def prune(self) -> GroupedNetwork:
+    def prune(self) -> StaticNetwork:
         """Give the branches that some task chose and each task's head there: a copy, in eval mode.
 
         Its outputs are bit-equal to this network's own `forward` in eval mode.
         """
         labels = self._labels()
-        modules: dict[str, nn.Module] = {"prefix": self.prefix}
-        # Groups in canonical form are sorted by their first task: the order in which labels are first seen.
-        for branch, k in enumerate(dict.fromkeys(labels)):
-            modules[f"branches.{branch}"] = self.branches[k]
-        state = {
-            f"{name}.{key}": value
-            for name, module in modules.items()
-            for key, value in module.state_dict().items()
-        }
-        for t, k in enumerate(labels):
-            state[f"heads.{t}.weight"], state[f"heads.{t}.bias"] = self._head(k, t)
-        return GroupedNetwork.from_state(
-            {key: value.detach().clone() for key, value in state.items()},
+        return assemble_groups(
             backbone=self.backbone,
             tasks=self.tasks,
-            grouping=self.grouping,
-            split=self.split,
+            prefix=self.prefix,
+            branches=list(self.branches),
+            labels=labels,
+            necks=self.necks,
+            heads=self._chosen_heads(labels),
         )
 
+    def trunks(self) -> Sequence[Sequence[nn.Module]]:
+        """The first branch with the prefix, then the others."""
+        first, *others = (cast(nn.Sequential, branch) for branch in self.branches)
+        return [[*self.prefix, *first], *(list(branch) for branch in others)]
+
+    @property
+    def _fixed(self) -> bool:
+        """Whether each task has one head now, and A does not learn."""
+        return self._tuning or self._probing
+
+    def _logits(self) -> Tensor:
+        """A, and minus infinity where a head was dropped."""
+        return self.A_TK.masked_fill(self.dropped_TK, -math.inf)
+
     def _labels(self) -> list[int]:
-        labels: list[int] = self.A_TK.argmax(dim=1).tolist()
+        labels: list[int] = self._logits().argmax(dim=1).tolist()
         return labels
 
-    def _head(self, k: int, t: int) -> tuple[Tensor, Tensor]:
-        """Weight [1, D] and bias [1] of head (k, t)."""
-        return self.head_weight_KTD[k, t : t + 1], self.head_bias_KT[k, t : t + 1]
+    def _chosen_heads(self, labels: Sequence[int]) -> list[Head]:
+        return [self._head(k, t) for t, k in enumerate(labels)]
 
-    def _all_heads(self, x: Tensor) -> dict[str, Tensor]:
-        """Every head's logits, by task: [K, B]."""
-        shared = scale_gradient(self.prefix(x), self.branch_scale)
-        features_KBD = torch.stack([branch(shared) for branch in self.branches])
-        features_KBD = scale_gradient(features_KBD, self.head_scale)
-        logits_KBT = torch.baddbmm(self.head_bias_KT.unsqueeze(1), features_KBD, self.head_weight_KTD.mT)
-        return dict(zip(self.tasks.names, logits_KBT.unbind(-1), strict=True))
+    def _head(self, k: int, t: int) -> Head:
+        return cast(Head, cast(nn.ModuleList, self.heads[k])[t])
+
+    def _plan(self) -> None:
+        """Set which heads are computed: [T, K] as a mask, and tasks with equally many heads together."""
+        if self._fixed:  # before the groups start A is even, so every task has its head in the first branch
+            labels_T = self._logits().argmax(dim=1)
+            self._active_TK = F.one_hot(labels_T, self.A_TK.shape[1]).bool()
+        else:
+            self._active_TK = ~self.dropped_TK
+        self._members: list[list[int]] = [column.nonzero()[:, 0].tolist() for column in self._active_TK.T]
+        counts_T = self._active_TK.sum(dim=1)
+        self._alike = []
+        for count in sorted(set(counts_T.tolist())):
+            tasks_N = (counts_T == count).nonzero()[:, 0]
+            groups_AN = self._active_TK[tasks_N].nonzero()[:, 1].view(-1, count).T
+            self._alike.append((TaskSet(self.tasks[t] for t in tasks_N.tolist()), tasks_N, groups_AN))
+
+    def _head_losses(self, x: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
+        """The loss of every head that is computed, 0 of the others: [K, T]."""
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self._tuning):
+            shared = self.prefix(x)
+        shared = scale_gradient(shared, self.branch_scale)
+        outputs: dict[str, list[Tensor]] = {name: [] for name in self.tasks.names}
+        for k, members in enumerate(self._members):
+            if members:
+                features = self.necks(scale_gradient(self.branches[k](shared), self.head_scale))
+                heads = [self._head(k, t) for t in members]
+                for t, output in zip(members, apply_heads(heads, features), strict=True):
+                    outputs[self.tasks[t].name].append(output)
+        losses_KT = self.A_TK.new_zeros(self.A_TK.T.shape)
+        for tasks, tasks_N, groups_AN in self._alike:
+            stacked = {name: torch.stack(outputs[name]) for name in tasks.names}
+            losses_AN = task_losses(stacked, targets, tasks).to(losses_KT)
+            losses_KT = losses_KT.index_put((groups_AN, tasks_N.expand_as(groups_AN)), losses_AN)
+        return losses_KT
+
+    def _follow_losses(self, losses_T: Tensor) -> None:
+        """Take a batch's losses into what they are divided by; a loss of 0 is a batch without labels."""
+        memory = LOSS_MEMORY if self.loss_normalisation == "running" else 1.0
+        memory_T = torch.where(self.loss_scales_T > 0, memory, 0.0)
+        followed_T = memory_T * self.loss_scales_T + (1 - memory_T) * losses_T.clamp(min=LOSS_FLOOR)
+        self.loss_scales_T.copy_(torch.where(losses_T > 0, followed_T, self.loss_scales_T))
+
+    def _probed_parameters(self) -> list[str]:
+        """Names of what all tasks share while the affinity is measured."""
+        shared = ("prefix.", "branches.0.")
+        return [name for name, _ in self.named_parameters() if name.startswith(shared)]
+
+    @torch.no_grad()
+    def _start_groups(self) -> None:
+        """End the affinity start: the first branch becomes as fresh as the others, and A what was found."""
+        assert self.meter is not None
+        self.branches[0].load_state_dict(self.branches[1].state_dict())
+        self.heads[0].load_state_dict(self.heads[1].state_dict())
+        self.A_TK.copy_(self._found_logits(self.meter.affinity_TT))
+        self.probing.fill_(False)
+
+    def _found_logits(self, affinity_TT: Tensor) -> Tensor:
+        grouping = best_partition(affinity_TT, self.A_TK.shape[1])
+        return START_SCALE * self.tau * group_affinities(affinity_TT, grouping)
+
+    @torch.no_grad()
+    def _drop_heads(self, epoch: int) -> None:
+        """Drop the heads whose expected sample was below epsilon for long enough, never a task's first."""
+        faint_TK = expected_sample(self._logits(), self._tau) < self.epsilon
+        faint_TK &= ~F.one_hot(self._logits().argmax(dim=1), self.A_TK.shape[1]).bool()
+        since_TK = torch.where(self.faint_since_TK < 0, epoch, self.faint_since_TK)
+        self.faint_since_TK.copy_(torch.where(faint_TK, since_TK, -1))
+        self.dropped_TK |= faint_TK & (epoch - since_TK + 1 >= self.patience)
+
+
+def probe_epochs(share: float, epochs: int) -> int:
+    """How many of the epochs measure affinity: their share, one at the least, and never the last one."""
+    return min(max(1, round(share * epochs)), epochs - 1) if epochs > 1 else epochs
+
+
+def group_affinities(affinity_TT: Tensor, grouping: Grouping) -> Tensor:
+    """Give each task's mean centred affinity to the other members of each group, [T, K], scaled to rms 1.
+
+    All 0 where the affinities tell nothing.
+    """
+    affinity_TT = centred_affinity(affinity_TT)
+    members_TK = F.one_hot(torch.tensor(grouping.labels)).to(affinity_TT)
+    mean_TK = affinity_TT @ members_TK / (members_TK.sum(dim=0) - members_TK).clamp(min=1)
+    rms = mean_TK.square().mean().sqrt()
+    return mean_TK / rms if rms > 0 else mean_TK
+
+
+def apply_heads(heads: Sequence[Head], features: Mapping[Feature, Tensor]) -> list[Tensor]:
+    """Give each head's output, all linear ones by one matrix product: allclose to `head(features)`.
+
+    Args:
+        heads: Of one branch.
+        features: What they read, as `Necks` gives it.
+    """
+    linear = [cast(nn.Linear, head.layer("linear")) for head in heads if head.reads == "vector"]
+    if linear:
+        weight_OD = torch.cat([layer.weight for layer in linear])
+        bias_O = torch.cat([layer.bias for layer in linear])
+        together_BO = F.linear(features["vector"], weight_OD, bias_O)
+        apart = iter(torch.split(together_BO, [layer.out_features for layer in linear], dim=1))
+    outputs = []
+    for head in heads:
+        output = next(apart) if head.reads == "vector" else head(features[head.reads])
+        outputs.append(output.squeeze(1) if head.reads == "vector" and head.output == "squeeze" else output)
+    return outputs
+
+
+def expected_sample(A_TK: Tensor, tau: float) -> Tensor:
+    """The mean of `gumbel_softmax(A, tau)` over the noise, [T, K], to about 1e-3; equal for equal arguments.
+
+    By `EXPECTATION_DRAWS` points of a scrambled Sobol sequence of fixed seed.
+    """
+    sobol = torch.quasirandom.SobolEngine(A_TK.shape[1], scramble=True, seed=0)  # type: ignore[no-untyped-call]
+    tiny = torch.finfo(torch.float64).tiny
+    noise_SK = -(-sobol.draw(EXPECTATION_DRAWS, dtype=torch.float64).clamp(min=tiny).log()).log()
+    samples_STK = torch.softmax((A_TK.detach().cpu() + noise_SK.unsqueeze(1)) / tau, dim=2)
+    return samples_STK.mean(dim=0).to(A_TK)
 
 
 def gumbel_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:
