@@ -5,20 +5,40 @@ from collections.abc import Mapping
 from typing import Any
 
 from coterie.models.backbones import Backbone
+from coterie.models.families.affinity import AffinityGrouped
 from coterie.models.families.base import MultiTaskNetwork
+from coterie.models.families.composed import DMTGInterroGate
 from coterie.models.families.dmtg import DMTG
+from coterie.models.families.etr_nlp import ETRNLP
 from coterie.models.families.grouped import Grouped
+from coterie.models.families.interrogate import InterroGate
 from coterie.models.families.shared import Shared
 from coterie.models.families.single import Single
 from coterie.models.tasks import TaskSet
 
-__all__ = ["DMTG", "FAMILIES", "Grouped", "MultiTaskNetwork", "Shared", "Single", "build_network"]
+__all__ = [
+    "DMTG",
+    "ETRNLP",
+    "FAMILIES",
+    "AffinityGrouped",
+    "DMTGInterroGate",
+    "Grouped",
+    "InterroGate",
+    "MultiTaskNetwork",
+    "Shared",
+    "Single",
+    "build_network",
+]
 
 FAMILIES: dict[str, type[MultiTaskNetwork]] = {
     "single": Single,
     "shared": Shared,
     "grouped": Grouped,
     "dmtg": DMTG,
+    "interrogate": InterroGate,
+    "etr_nlp": ETRNLP,
+    "affinity": AffinityGrouped,
+    "dmtg+interrogate": DMTGInterroGate,
 }
 
 
@@ -42,7 +62,7 @@ def build_network(
         >>> tasks = TaskSet(Task(name=name, kind=TaskKind.BINARY) for name in ("even", "round"))
         >>> backbone = MLP(input_shape=(64,), width=24, depth=2)
         >>> network = build_network("dmtg", backbone=backbone, tasks=tasks, parameters={"groups": 2})
-        >>> network.prune().grouping.names(tasks)  # a draw, until trained
+        >>> network.grouping.names(tasks)  # a draw, until trained
         [['even', 'round']]
     """
     if family not in FAMILIES:
