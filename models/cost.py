@@ -3,16 +3,23 @@
 import copy
 import statistics
 import time
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+from coterie.models.static import StaticNetwork
 
 WARMUP_RUNS = 10  # allocator and kernel caches are filled by then
 TIMED_RUNS = 50  # an odd run that the scheduler interrupts does not move their median
+MIB = 2**20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +57,19 @@ def count_macs(network: nn.Module, input_shape: tuple[int, ...]) -> dict[str, in
         Macs by the part's qualified name, as in `nn.Module.named_modules`: "" is the whole network.
     """
     frozen = copy.deepcopy(network).eval()
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) as counter:
         frozen(torch.zeros(1, *input_shape, device=_device(frozen)))
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     root = type(frozen).__name__
     return {
         name: flops.get(f"{root}.{name}" if name else "Global", 0) // 2 for name, _ in frozen.named_modules()
     }
+
+
+def macs_by_node(network: StaticNetwork) -> dict[str, int]:
+    """Count the macs of one sample in each node of `network`, by the node's name, as `count_cost` does."""
+    macs = count_macs(network, network.graph.input_shape)
+    return {node.name: macs[node.name] for node in network.nodes}
 
 
 def measure_latency_ms(network: nn.Module, input_shape: tuple[int, ...], device: torch.device) -> float:
@@ -75,6 +88,94 @@ def measure_latency_ms(network: nn.Module, input_shape: tuple[int, ...], device:
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
     return 1000 * statistics.median(seconds[WARMUP_RUNS:])
+
+
+def measure_peak_memory_mb(
+    network: nn.Module, input_shape: tuple[int, ...], device: torch.device, batch: int = 1
+) -> float:
+    """Measure the most memory that tensors take at once in one forward pass in eval mode, in MiB.
+
+    Weights, buffers and input count. What kernels need within a call (workspaces, packed weights) counts on
+    CUDA, and not on a CPU, where torch does not show it; what libraries keep between calls never counts.
+
+    Args:
+        network: Any module that takes [B, *input_shape]; a copy of it runs.
+        input_shape: One sample's shape, without the batch.
+        device: Where; on a CPU the figure is the same each time.
+        batch: B.
+    """
+    frozen = copy.deepcopy(network).to(device).eval()
+    x = torch.zeros(batch, *input_shape, device=device)
+    held = [*frozen.parameters(), *frozen.buffers(), x]
+    with torch.no_grad():
+        if device.type != "cuda":
+            watch = _StorageWatch(held)
+            with watch:
+                frozen(x)
+            return watch.peak / MIB
+        frozen(x)  # what libraries allocate once is there before the second pass
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        frozen(x)
+        torch.cuda.synchronize(device)
+        grown: int = torch.cuda.max_memory_allocated(device) - before
+    return (_StorageWatch(held).peak + grown) / MIB
+
+
+class _StorageWatch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Follows the memory of tensors while operations run: each storage from its first tensor to its last.
+
+    Args:
+        held: Tensors that are there from the start.
+
+    Attributes:
+        peak: The most bytes at once so far.
+    """
+
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._alive: dict[int, int] = {}
+        self._bytes = 0
+        self.peak = 0
+        for tensor in held:
+            self._follow(tensor)
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Run an operation, and follow what it gives."""
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._follow(leaf)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        # A view has its base's storage, and torch keeps a storage's Python object as long as the storage.
+        storage = tensor.untyped_storage()
+        if id(storage) not in self._alive:
+            self._alive[id(storage)] = storage.nbytes()
+            self._bytes += storage.nbytes()
+            self.peak = max(self.peak, self._bytes)
+            weakref.finalize(storage, self._forget, id(storage)).atexit = False
+
+    def _forget(self, storage: int) -> None:
+        self._bytes -= self._alive.pop(storage)
+
+
+def _attention_flops(
+    q: torch.Size, k: torch.Size, v: torch.Size, *_: object, out_shape: object = None, **__: object
+) -> int:
+    """Flops of the two products of attention, from the shapes of its inputs."""
+    return int(sdpa_flop_count(q, k, v))  # type: ignore[no-untyped-call]
+
+
+# torch's counter knows the attention kernels of CUDA, and takes the CPU's for nothing.
+_ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -1,13 +1,17 @@
-"""A static network on disk: `architecture.json` says what it is, `weights.safetensors` holds its numbers."""
+"""A static network on disk: `architecture.json` says what it is, `weights.safetensors` holds its numbers.
+
+`architecture.schema.json`, beside this file, is the JSON Schema of the first.
+"""
 
 import hashlib
 import json
+import math
 import os
 import reprlib
+import textwrap
 import uuid
-from collections import OrderedDict
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,21 +19,31 @@ from typing import Any, NoReturn
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from coterie.models.backbones import BACKBONES
-from coterie.models.cost import count_cost, count_macs
-from coterie.models.static import GroupedNetwork
-from coterie.models.tasks import Direction, Grouping, Task, TaskKind, TaskSet
+from coterie.models.backbones import Backbone
+from coterie.models.cost import macs_by_node
+from coterie.models.graph import INPUT, Node
+from coterie.models.static import Graph, StaticNetwork
+from coterie.models.tasks import DENSE, Grouping, Task, TaskKind, TaskSet
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "weights.safetensors"
 FORMAT = "coterie-architecture"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
-MAX_DOCUMENT_BYTES = 16 * 2**20  # thousands of times a real one: keeps a wrong file from filling the memory
+# Far above any useful network: they keep a damaged file from asking for an endless one.
+MAX_DOCUMENT_BYTES = 16 * 2**20
+MAX_MODULES = 2**15  # layers, and what their names' parts before a dot stand for
+MAX_NAME = 256  # characters of a layer's name
+MAX_AXES = 8  # of an input
+MAX_VALUES = 2**28  # numbers that one layer gives for one sample
 
-DTYPES = {torch.float32: "F32"}  # torch's name of a type -> safetensors' name
+MESSAGE_LENGTH = 1000  # of an error: it quotes the file
+LINE_LENGTH = 200  # of the document, so that a layer is a line
+
+DTYPES = {torch.float32: "F32", torch.int64: "I64"}  # torch's name of a type -> safetensors' name
+STANDARDIZE = "standardize"  # the layer that a loaded network begins with
 
 
 class ArchitectureError(ValueError):
@@ -64,35 +78,14 @@ class Preprocessing:
             raise ValueError(f"std: must be finite and above 0 in float32, found {self.std}")
 
 
-class Standardize(nn.Module):
-    """Turn raw inputs into what a network was trained on: `(x - mean) / std`, [B, *input_shape] -> the same.
-
-    Raises:
-        ValueError: If there is neither one value nor one for each index of a sample's first axis.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, preprocessing: Preprocessing, input_shape: tuple[int, ...]) -> None:
-        super().__init__()
-        values = len(preprocessing.mean)
-        if values not in {1, input_shape[0]}:
-            raise ValueError(f"preprocessing: must have 1 or {input_shape[0]} values, found {values}")
-        shape = (values,) + (1,) * (len(input_shape) - 1)
-        self.register_buffer("mean", torch.tensor(preprocessing.mean, dtype=torch.float32).view(shape))
-        self.register_buffer("std", torch.tensor(preprocessing.std, dtype=torch.float32).view(shape))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Give `(x - mean) / std`."""
-        return (x - self.mean) / self.std
-
-
 def write_architecture(
     folder: Path,
-    network: GroupedNetwork,
+    network: StaticNetwork,
     *,
     family: str,
+    tasks: TaskSet,
+    backbone: Backbone,
+    grouping: Grouping | None,
     preprocessing: Preprocessing,
     metadata: Mapping[str, Any],
 ) -> dict[str, Any]:
@@ -105,186 +98,132 @@ def write_architecture(
         folder: Where to; files of an earlier call are replaced.
         network: What to write.
         family: How it was found.
+        tasks: What it answers.
+        backbone: What it was made of; for the reader, as the layers say all.
+        grouping: Which tasks share, if they share by groups; for the reader.
         preprocessing: What `load_architecture` does to raw inputs first.
         metadata: Keys to add, such as metrics and seed: finite JSON values.
 
     Raises:
-        ValueError: If `metadata` uses a key of the format or is not finite JSON, or the preprocessing does
-            not fit the network's input.
+        ValueError: If `load_architecture` could not read it: `metadata` uses a key of the format or is not
+            finite JSON, the preprocessing does not fit the input or the outputs the tasks, a tensor has
+            another type than float32 or int64, or the network is beyond a limit. Nothing is written then.
         OSError: If a file can't be written.
     """
-    Standardize(preprocessing, network.backbone.input_shape)
-    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
-    weights = safetensors.torch.save(state)
-    cost = count_cost(network, network.backbone.input_shape)
     document: dict[str, Any] = {
         "format": FORMAT,
         "version": FORMAT_VERSION,
         "family": family,
-        "tasks": [
-            {
-                "name": task.name,
-                "kind": task.kind.value,
-                "outputs": task.outputs,
-                "metric": task.metric,
-                "direction": task.direction.value,
-                "weight": task.weight,
-            }
-            for task in network.tasks
-        ],
-        "grouping": network.grouping.names(network.tasks),
-        "backbone": network.backbone.to_dict(),
-        "split": network.split,
+        "tasks": [_describe_task(task) for task in tasks],
+        "grouping": None if grouping is None else grouping.names(tasks),
+        "backbone": backbone.to_dict(),
+        "input_shape": list(network.graph.input_shape),
         "preprocessing": {"mean": list(preprocessing.mean), "std": list(preprocessing.std)},
-        "cost": {"macs": cost.macs, "params": cost.params},
-        "sharing": describe_sharing(network),
+        "nodes": [
+            {
+                "name": node.name,
+                "kind": node.kind,
+                "inputs": list(node.inputs),
+                "settings": dict(node.settings),
+            }
+            for node in network.nodes
+        ],
+        "outputs": dict(network.graph.outputs),
+    }
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+    sketch, shapes = _sketch(document)
+    _check_tensors({name: (_dtype(tensor), tuple(tensor.shape)) for name, tensor in state.items()}, sketch)
+    _check_indices(state, sketch, shapes)
+    weights = safetensors.torch.save(state)
+    sharing = describe(network)
+    document |= {
+        "cost": {key: sum(layer[key] for layer in sharing["layers"]) for key in ("macs", "params")},
+        "sharing": sharing,
         "weights": {"file": WEIGHTS_FILE, "sha256": hashlib.sha256(weights).hexdigest()},
         "versions": {"coterie": version("coterie"), "torch": str(torch.__version__)},
     }
     if taken := document.keys() & metadata.keys():
         raise ValueError(f"metadata: must not use the keys of the format, found {sorted(taken)}")
-    document.update(metadata)
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    _replace(folder / WEIGHTS_FILE, weights)
-    _replace(folder / ARCHITECTURE_FILE, f"{text}\n".encode())
+    document = json.loads(json.dumps({**document, **metadata}, allow_nan=False))
+    text = f"{_format(document)}\n".encode()
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise ValueError(
+            f"metadata: must leave the document at most {MAX_DOCUMENT_BYTES} bytes, found {len(text)}"
+        )
+    replace_file(folder / WEIGHTS_FILE, weights)
+    replace_file(folder / ARCHITECTURE_FILE, text)
     return document
 
 
-def describe_sharing(network: GroupedNetwork) -> dict[str, Any]:
-    """Say who uses what: units, tasks and macs of the prefix and of each branch, and macs by task.
+def describe(network: StaticNetwork) -> dict[str, Any]:
+    """Say layer by layer which tasks use it and what it costs, and what that makes for each task.
 
-    A shared part's macs are split evenly among its tasks, so that `macs_by_task` adds up to the whole.
+    Returns:
+        `layers`: a list of name, kind, tasks, shape (of its output, one sample's), params and macs. Layers
+        that have neither learned numbers nor macs (activations, pooling, sums, reshaping, routing of
+        channels) are left out. `macs_by_task` and `params_by_task`: what a layer has, split evenly among the
+        tasks that use it, so that they add up to the whole.
     """
-    macs = count_macs(network, network.backbone.input_shape)
-    names = network.tasks.names
-    macs_by_task = {name: macs["prefix"] / len(names) + macs[f"heads.{t}"] for t, name in enumerate(names)}
-    branches = []
-    for k, group in enumerate(network.grouping.names(network.tasks)):
-        branch_macs = macs[f"branches.{k}"]
-        branches.append(
-            {"tasks": group, "units": network.backbone.units - network.split, "macs": branch_macs}
-        )
-        for name in group:
-            macs_by_task[name] += branch_macs / len(group)
-    prefix = {"tasks": list(names), "units": network.split, "macs": macs["prefix"]}
-    return {"prefix": prefix, "branches": branches, "macs_by_task": macs_by_task}
+    users, shapes, macs = network.graph.users(), network.graph.shapes(), macs_by_node(network)
+    params = {
+        node.name: sum(parameter.numel() for parameter in network.layer(node.name).parameters())
+        for node in network.nodes
+    }
+    layers = [
+        {
+            "name": node.name,
+            "kind": node.kind,
+            "tasks": list(users[node.name]),
+            "shape": list(shapes[node.name]),
+            "params": params[node.name],
+            "macs": macs[node.name],
+        }
+        for node in network.nodes
+        if params[node.name] or macs[node.name]
+    ]
+    return {
+        "layers": layers,
+        "macs_by_task": _by_task(macs, users, network.graph.outputs),
+        "params_by_task": _by_task(params, users, network.graph.outputs),
+    }
 
 
-def load_architecture(folder: Path) -> nn.Module:
+def load_architecture(folder: Path) -> StaticNetwork:
     """Load what `write_architecture` wrote, as a plain module in eval mode on the CPU.
 
     Nothing is unpickled, and no size that the document declares is allocated before the header of the
-    weights' file was found to have it.
+    weights' file was found to have it. Numbers that are not finite are loaded as they are.
 
     Args:
         folder: Where `write_architecture` wrote to.
 
     Returns:
-        A module from *raw* inputs [B, *input_shape] to {task name: logits}; it standardises by itself.
+        A module from *raw* inputs [B, *input_shape] to {task name: output}, as
+        `coterie.models.heads.Head` describes outputs; its first layer standardises.
 
     Raises:
         ArchitectureError: If a file is missing, damaged, of another version, or the two do not fit.
     """
     try:
         document = _read_document(folder / ARCHITECTURE_FILE)
-        description = _describe_network(document)
-        standardize = Standardize(_read_preprocessing(document), description["backbone"].input_shape)
-        sha256 = _member(_member(document, "weights", dict), "sha256", str)
-        state = _read_weights(folder / WEIGHTS_FILE, sha256, description)
+        network, shapes = _sketch(document)
+        weights = _member(document, "weights", dict)
+        if weights.get("file") != WEIGHTS_FILE:
+            raise ValueError(f"file: must be {WEIGHTS_FILE!r}, found {reprlib.repr(weights.get('file'))}")
+        state = _read_weights(folder / WEIGHTS_FILE, _member(weights, "sha256", str), network)
+        _check_indices(state, network, shapes)
     except (OSError, RecursionError, TypeError, ValueError, safetensors.SafetensorError) as error:
-        raise ArchitectureError(f"{folder}: {error}") from error
-    network = GroupedNetwork.from_state(state, **description)
-    return nn.Sequential(OrderedDict(standardize=standardize, network=network)).eval()
+        raise ArchitectureError(textwrap.shorten(f"{folder}: {error}", MESSAGE_LENGTH)) from error
+    preprocessing = _read_preprocessing(document)
+    for name in ("mean", "std"):
+        buffer = network.get_buffer(f"{STANDARDIZE}.{name}")
+        values = torch.tensor(getattr(preprocessing, name), dtype=torch.float32)
+        state[f"{STANDARDIZE}.{name}"] = values.view(buffer.shape)
+    network.load_state_dict(state, assign=True)
+    return network.eval()
 
 
-def _read_document(path: Path) -> dict[str, Any]:
-    with path.open("rb") as file:
-        text = file.read(MAX_DOCUMENT_BYTES + 1)
-    if len(text) > MAX_DOCUMENT_BYTES:
-        raise ValueError(f"{path.name}: must be at most {MAX_DOCUMENT_BYTES} bytes long")
-    document = json.loads(text, parse_constant=_refuse_constant)
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
-        raise ValueError(f"{path.name}: must be a JSON object with the format {FORMAT!r}")
-    if document.get("version") != FORMAT_VERSION:
-        raise ValueError(f"version: must be {FORMAT_VERSION}, found {document.get('version')!r}")
-    return document
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{ARCHITECTURE_FILE}: must be JSON, which has no {name}")
-
-
-def _describe_network(document: dict[str, Any]) -> dict[str, Any]:
-    """Read the arguments of `GroupedNetwork` from a document."""
-    tasks = TaskSet([_read_task(entry) for entry in _member(document, "tasks", list)])
-    configuration = _member(document, "backbone", dict)
-    name = _member(configuration, "name", str)
-    if name not in BACKBONES:
-        raise ValueError(f"backbone: must be one of {sorted(BACKBONES)}, found {name!r}")
-    backbone = BACKBONES[name].from_dict(configuration)
-    grouping = Grouping.from_names(_member(document, "grouping", list), tasks)
-    split = _member(document, "split", int)
-    return {"backbone": backbone, "tasks": tasks, "grouping": grouping, "split": split}
-
-
-def _read_task(entry: Any) -> Task:
-    if not isinstance(entry, dict):
-        raise ValueError(f"tasks: each must be an object, found {reprlib.repr(entry)}")
-    return Task(
-        name=_member(entry, "name", str),
-        kind=TaskKind(_member(entry, "kind", str)),
-        outputs=_member(entry, "outputs", int),
-        metric=_member(entry, "metric", str),
-        direction=Direction(_member(entry, "direction", str)),
-        weight=_member(entry, "weight", int, float),
-    )
-
-
-def _read_preprocessing(document: dict[str, Any]) -> Preprocessing:
-    values = _member(document, "preprocessing", dict)
-    return Preprocessing(mean=tuple(_member(values, "mean", list)), std=tuple(_member(values, "std", list)))
-
-
-def _member(document: dict[str, Any], key: str, *types: type) -> Any:
-    """Give a member of a JSON object, which must be there and of one of the types."""
-    value = document.get(key)
-    if not isinstance(value, types):
-        expected = " or ".join(kind.__name__ for kind in types)
-        raise ValueError(f"{key}: must be there and of type {expected}, found {reprlib.repr(value)}")
-    return value
-
-
-def _read_weights(path: Path, sha256: str, description: dict[str, Any]) -> dict[str, Tensor]:
-    """Read the tensors of the described network, after the file was found to hold these and no others."""
-    with path.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != sha256:
-        raise ValueError(f"{path.name}: must have the checksum {sha256}, found {found}")
-    with safetensors.safe_open(path, framework="pt") as file:
-        slices = {name: file.get_slice(name) for name in list(file.keys())}
-        shapes = {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}
-        expected = _expected_shapes(description, limit=len(shapes))
-        for name in sorted(shapes.keys() | expected.keys()):
-            if shapes.get(name) != expected.get(name):
-                raise ValueError(f"{name}: must be {expected.get(name)}, found {shapes.get(name)}")
-        # A copy: what safetensors gives is a view of the file, and changes with it.
-        return {name: file.get_tensor(name).clone() for name in shapes}
-
-
-def _expected_shapes(description: dict[str, Any], *, limit: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Give type and shape of the described network's tensors, if there can be at most `limit` of them.
-
-    Every unit and every head has a parameter, so a network of more parts than that is not even sketched.
-    """
-    units, split = description["backbone"].units, description["split"]
-    parts = split + len(description["grouping"]) * (units - split) + len(description["tasks"])
-    if parts > limit:
-        raise ValueError(f"{WEIGHTS_FILE}: must hold {parts} tensors or more, found {limit}")
-    sketch = GroupedNetwork.empty(**description)
-    return {name: (DTYPES[tensor.dtype], tuple(tensor.shape)) for name, tensor in sketch.state_dict().items()}
-
-
-def _replace(path: Path, content: bytes) -> None:
+def replace_file(path: Path, content: bytes) -> None:
     """Write a file so that it is there whole or as it was before, even after a power cut."""
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
@@ -301,3 +240,230 @@ def _replace(path: Path, content: bytes) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def _by_task(
+    costs: Mapping[str, int], users: Mapping[str, tuple[str, ...]], tasks: Iterable[str]
+) -> dict[str, float]:
+    """Split each layer's cost evenly among its users."""
+    shares = dict.fromkeys(tasks, 0.0)
+    for name, cost in costs.items():
+        for task in users[name]:
+            shares[task] += cost / len(users[name])
+    return shares
+
+
+def _describe_task(task: Task) -> dict[str, Any]:
+    return {
+        "name": task.name,
+        "kind": task.kind.value,
+        "outputs": task.outputs,
+        "metric": task.metric,
+        "direction": task.direction.value,
+        "loss": task.loss,
+        "weight": task.weight,
+    }
+
+
+def _format(value: Any, indent: str = "") -> str:
+    """Write JSON for people: what fits on a line is on one, what does not has a line for each member."""
+    line = json.dumps(value, ensure_ascii=False)
+    if not isinstance(value, dict | list) or len(indent) + len(line) <= LINE_LENGTH:
+        return line
+    inner = f"{indent}  "
+    if isinstance(value, list):
+        members, (begin, end) = [_format(member, inner) for member in value], "[]"
+    else:
+        members, (begin, end) = [f"{_format(key)}: {_format(value[key], inner)}" for key in value], "{}"
+    return f"{begin}\n{inner}" + f",\n{inner}".join(members) + f"\n{indent}{end}"
+
+
+def _read_document(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        text = file.read(MAX_DOCUMENT_BYTES + 1)
+    if len(text) > MAX_DOCUMENT_BYTES:
+        raise ValueError(f"{path.name}: must be at most {MAX_DOCUMENT_BYTES} bytes long")
+    document = json.loads(text, parse_constant=_refuse_constant)
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise ValueError(f"{path.name}: must be a JSON object with the format {FORMAT!r}")
+    if document.get("version") != FORMAT_VERSION:
+        raise ValueError(
+            f"version: must be {FORMAT_VERSION}, found {reprlib.repr(document.get('version'))}: load it with "
+            "the release that wrote it, which `versions` names, or run its trial again with this one"
+        )
+    return document
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{ARCHITECTURE_FILE}: must be JSON, which has no {name}")
+
+
+def _sketch(document: dict[str, Any]) -> tuple[StaticNetwork, dict[str, tuple[int, ...]]]:
+    """Build a document's network from raw inputs on, on the meta device, and give its layers' shapes."""
+    tasks = TaskSet([_read_task(entry) for entry in _members(document, "tasks", dict)])
+    graph = _standardized(_read_graph(document), _read_preprocessing(document))
+    if tuple(graph.outputs) != tasks.names:
+        raise ValueError(f"outputs: must be of the tasks {list(tasks.names)}, found {list(graph.outputs)}")
+    shapes = graph.shapes()
+    for name, shape in shapes.items():
+        if math.prod(shape) > MAX_VALUES:
+            raise ValueError(f"{name}: must give at most {MAX_VALUES} numbers a sample, found {shape}")
+    for task in tasks:
+        expected, found = _output_shape(task, graph.input_shape), shapes[graph.outputs[task.name]]
+        if found != expected:
+            raise ValueError(f"outputs: of {task.name!r} must be of shape {expected}, found {found}")
+    for name, users in graph.users().items():
+        if not users:
+            raise ValueError(f"{name}: must be read for some task's answer, found none")
+    return StaticNetwork.empty(graph), shapes
+
+
+def _read_task(entry: dict[str, Any]) -> Task:
+    kind = _member(entry, "kind", str)
+    if kind not in {known.value for known in TaskKind}:
+        raise ValueError(f"kind: of a task must be one of {list(map(str, TaskKind))}, found {kind!r}")
+    task = Task(
+        name=_member(entry, "name", str),
+        kind=TaskKind(kind),
+        outputs=_member(entry, "outputs", int),
+        metric=_member(entry, "metric", str),
+        loss=_member(entry, "loss", str),
+        weight=_member(entry, "weight", int, float),
+    )
+    if entry != _describe_task(task):
+        raise ValueError(f"tasks: must be as {_describe_task(task)}, found {reprlib.repr(entry)}")
+    return task
+
+
+def _read_graph(document: dict[str, Any]) -> Graph:
+    input_shape = tuple(_members(document, "input_shape", int))
+    if not 1 <= len(input_shape) <= MAX_AXES or min(input_shape) < 1 or math.prod(input_shape) > MAX_VALUES:
+        raise ValueError(
+            f"input_shape: must be 1 to {MAX_AXES} whole numbers from 1 with a product of at most "
+            f"{MAX_VALUES}, found {reprlib.repr(input_shape)}"
+        )
+    nodes = tuple(_read_node(entry) for entry in _members(document, "nodes", dict))
+    _check_modules(node.name for node in nodes)
+    outputs = _member(document, "outputs", dict)
+    names = {node.name for node in nodes}
+    if not all(type(name) is str and name in names for name in outputs.values()):
+        raise ValueError(f"outputs: must be nodes, found {reprlib.repr(outputs)}")
+    return Graph(input_shape=input_shape, nodes=nodes, outputs=outputs)
+
+
+def _read_node(entry: dict[str, Any]) -> Node:
+    return Node(
+        name=_member(entry, "name", str),
+        kind=_member(entry, "kind", str),
+        inputs=tuple(_members(entry, "inputs", str)),
+        settings=_member(entry, "settings", dict),
+    )
+
+
+def _check_modules(names: Iterable[str]) -> None:
+    """Check the names of the layers, and how many modules they ask for, before there is one."""
+    modules: set[str] = set()
+    for name in names:
+        if len(name) > MAX_NAME:
+            raise ValueError(f"name: must have at most {MAX_NAME} characters, found {reprlib.repr(name)}")
+        parts = name.split(".")
+        modules.update(".".join(parts[:end]) for end in range(1, len(parts) + 1))
+        if len(modules) > MAX_MODULES:
+            raise ValueError(f"nodes: must be at most {MAX_MODULES}, their names' first parts included")
+
+
+def _read_preprocessing(document: dict[str, Any]) -> Preprocessing:
+    values = _member(document, "preprocessing", dict)
+    mean, std = (tuple(_members(values, name, int, float)) for name in ("mean", "std"))
+    return Preprocessing(mean=mean, std=std)
+
+
+def _standardized(graph: Graph, preprocessing: Preprocessing) -> Graph:
+    """Put the layer that standardises before all others."""
+    values = len(preprocessing.mean)
+    if values not in {1, graph.input_shape[0]}:
+        raise ValueError(f"preprocessing: must have 1 or {graph.input_shape[0]} values, found {values}")
+    first = Node(STANDARDIZE, "standardize", (INPUT,), {"values": values, "axes": len(graph.input_shape)})
+    others = (
+        replace(node, inputs=tuple(STANDARDIZE if name == INPUT else name for name in node.inputs))
+        for node in graph.nodes
+    )
+    return replace(graph, nodes=(first, *others))
+
+
+def _output_shape(task: Task, input_shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of a task's answer for one sample, as `coterie.models.heads.Head` gives it."""
+    places = input_shape[-2:] if task.kind in DENSE else ()
+    return (task.outputs, *places) if task.outputs > 1 else places
+
+
+def _read_weights(path: Path, sha256: str, network: StaticNetwork) -> dict[str, Tensor]:
+    """Read the sketched network's tensors, after the file was found to hold these and no others."""
+    with path.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != sha256:
+        raise ValueError(f"{path.name}: must have the checksum {sha256}, found {found}")
+    with safetensors.safe_open(path, framework="pt") as file:
+        slices = {name: file.get_slice(name) for name in list(file.keys())}
+        _check_tensors(
+            {name: (entry.get_dtype(), tuple(entry.get_shape())) for name, entry in slices.items()}, network
+        )
+        # A copy: what safetensors gives is a view of the file, and changes with it.
+        return {name: file.get_tensor(name).clone() for name in slices}
+
+
+def _check_tensors(found: Mapping[str, tuple[str, tuple[int, ...]]], network: StaticNetwork) -> None:
+    """Check that tensors of these types and shapes are the sketched network's, but for the standardising."""
+    expected = {
+        name: (_dtype(tensor), tuple(tensor.shape))
+        for name, tensor in network.state_dict().items()
+        if not name.startswith(f"{STANDARDIZE}.")
+    }
+    for name in sorted(found.keys() | expected.keys()):
+        if found.get(name) != expected.get(name):
+            raise ValueError(f"{name}: must be {expected.get(name)}, found {found.get(name)}")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return DTYPES.get(tensor.dtype, str(tensor.dtype))
+
+
+def _check_indices(
+    state: Mapping[str, Tensor], network: StaticNetwork, shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check that layers which take or place channels by their numbers find them."""
+    for node in network.nodes:
+        if node.kind == "mix":
+            channels = node.settings["channels"]
+        elif node.kind == "select":
+            shape = shapes[node.inputs[0]]
+            channels = shape[-1] if len(shape) == 2 else shape[0]
+        else:
+            continue
+        index = state[f"{node.name}.index"]
+        if index.min() < 0 or index.max() >= channels:
+            raise ValueError(
+                f"{node.name}: index must be from 0 to {channels - 1}, "
+                f"found {int(index.min())} to {int(index.max())}"
+            )
+
+
+def _members(document: dict[str, Any], key: str, *types: type) -> list[Any]:
+    """Give a list in a JSON object, all of whose members must be of one of the types."""
+    values: list[Any] = _member(document, key, list)
+    for value in values:
+        if type(value) not in types:
+            raise ValueError(f"{key}: must hold {_names(types)}, found {reprlib.repr(value)}")
+    return values
+
+
+def _member(document: dict[str, Any], key: str, *types: type) -> Any:
+    """Give a member of a JSON object, which must be there and of one of the types."""
+    value = document.get(key)
+    if type(value) not in types:
+        raise ValueError(f"{key}: must be there and of type {_names(types)}, found {reprlib.repr(value)}")
+    return value
+
+
+def _names(types: Iterable[type]) -> str:
+    return " or ".join(kind.__name__ for kind in types)
