@@ -4,8 +4,9 @@ from typing import Any
 
 from coterie.models.backbones import BACKBONES
 from coterie.models.families import FAMILIES
+from coterie.models.tasks import KIND_METRICS
 from coterie.search.data.registry import sources
-from coterie.search.objective import METRICS
+from coterie.search.objective import METRICS, TASK_UNITS
 from coterie.search.space import backbone_dimensions, json_schema, schema_of
 
 # What the catalogue shows of a family's space without a job: with this many tasks.
@@ -26,6 +27,14 @@ def datasets() -> list[dict[str, Any]]:
                     "kind": task.kind.value,
                     "metric": task.metric,
                     "direction": task.direction.value,
+                    "metrics": [
+                        {
+                            "name": metric,
+                            "direction": direction.value,
+                            "unit": TASK_UNITS.get(metric, "of the target"),
+                        }
+                        for metric, direction in KIND_METRICS[task.kind].items()
+                    ],
                 }
                 for task in source.tasks()
             ],
@@ -41,7 +50,7 @@ def families() -> list[dict[str, Any]]:
             "name": name,
             "title": family.__name__,
             "description": _first_line(family),
-            "schema": json_schema(name, next(iter(BACKBONES)), EXAMPLE_TASKS),
+            "schema": json_schema(name, list(BACKBONES), EXAMPLE_TASKS),
         }
         for name, family in FAMILIES.items()
     ]

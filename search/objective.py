@@ -3,19 +3,22 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from coterie.models.metrics import delta_m, normalized_gain, total_error
-from coterie.models.tasks import Direction, TaskSet
+from coterie.models.metrics import HALF_TURN, METRIC_SCALES, delta_m, normalized_gain, total_error
+from coterie.models.tasks import CLASSIFICATION, KIND_METRICS, Direction, TaskSet
+
+TaskValues = Mapping[str, Mapping[str, float]]  # task -> metric -> value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number that every completed trial has."""
+    """A number that every completed trial has; `classification` ones only where some task classifies."""
 
     name: str
     title: str
     direction: Direction
     unit: str
     description: str
+    classification: bool = False
 
 
 METRICS: Mapping[str, Metric] = {
@@ -35,6 +38,7 @@ METRICS: Mapping[str, Metric] = {
             direction=Direction.MAXIMIZE,
             unit="%",
             description="As delta_m, on the error rates of classification tasks (DMTG's metric).",
+            classification=True,
         ),
         Metric(
             name="total_error",
@@ -42,6 +46,7 @@ METRICS: Mapping[str, Metric] = {
             direction=Direction.MINIMIZE,
             unit="%",
             description="Sum over the classification tasks of the error rate.",
+            classification=True,
         ),
         Metric(
             name="macs",
@@ -65,6 +70,14 @@ METRICS: Mapping[str, Metric] = {
             description="Median time of one input through the static network on the trial's device.",
         ),
         Metric(
+            name="peak_memory_mb",
+            title="Peak memory",
+            direction=Direction.MINIMIZE,
+            unit="MiB",
+            description="Most memory that the static network's tensors take at once while it runs on one "
+            "input, weights included, on the trial's device.",
+        ),
+        Metric(
             name="train_device_seconds",
             title="Training cost",
             direction=Direction.MINIMIZE,
@@ -74,14 +87,27 @@ METRICS: Mapping[str, Metric] = {
     )
 }
 
-PLANNED = frozenset({"delta_m_own_width", "mean_rank", "peak_memory_mb"})
-COSTS = ("macs", "params", "latency_ms", "train_device_seconds")
+PLANNED = frozenset({"delta_m_own_width", "mean_rank"})
+COSTS = ("macs", "params", "latency_ms", "peak_memory_mb", "train_device_seconds")
+
+# Units of the tasks' own metrics; what is not here is in the unit of the task's target.
+TASK_UNITS: Mapping[str, str] = {
+    name: "degree" if scale == HALF_TURN else "1" for name, scale in METRIC_SCALES.items()
+}
 
 
 def metric_directions(tasks: TaskSet) -> dict[str, Direction]:
     """Every metric's name and direction for a job with these tasks, `task.<name>.<metric>` included."""
-    own = {f"task.{task.name}.{task.metric}": task.direction for task in tasks}
-    return {name: metric.direction for name, metric in METRICS.items()} | own
+    classifies = any(task.kind in CLASSIFICATION for task in tasks)
+    combined = {
+        name: metric.direction for name, metric in METRICS.items() if classifies or not metric.classification
+    }
+    own = {
+        f"task.{task.name}.{metric}": direction
+        for task in tasks
+        for metric, direction in KIND_METRICS[task.kind].items()
+    }
+    return combined | own
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,27 +115,40 @@ class Yardstick:
     """What every candidate of a job is measured against: single-task networks, mean of three seeds.
 
     Attributes:
-        validation: Task name -> its metric on the validation split.
-        test: Task name -> its metric on the test split.
+        validation: Task -> each of its metrics on the validation split.
+        test: The same on the test split.
         costs: Cost metric -> that of one whole set of single-task networks.
     """
 
-    validation: Mapping[str, float]
-    test: Mapping[str, float]
+    validation: TaskValues
+    test: TaskValues
     costs: Mapping[str, float]
 
 
-def combined_metrics(
-    errors: Mapping[str, float], yardstick: Mapping[str, float], tasks: TaskSet
-) -> dict[str, float]:
-    """The metrics over all tasks that follow from each task's own on one split."""
+def combined_metrics(values: TaskValues, yardstick: TaskValues, tasks: TaskSet) -> dict[str, float]:
+    """The metrics over all tasks that follow from each task's own on one split.
+
+    `delta_m` is over each task's judging metric; the others are over the classification tasks, where there
+    are any.
+    """
+
+    def judging(found: TaskValues) -> dict[str, float]:
+        return {task.name: found[task.name][task.metric] for task in tasks}
+
+    def errors(found: TaskValues) -> dict[str, float]:
+        return {task.name: found[task.name]["error"] for task in tasks if task.kind in CLASSIFICATION}
+
+    combined = {"delta_m": delta_m(judging(values), judging(yardstick), tasks)}
+    if errors(values):
+        combined["normalized_gain"] = normalized_gain(errors(values), errors(yardstick), tasks)
+        combined["total_error"] = total_error(errors(values), tasks)
+    return combined
+
+
+def task_metrics(values: TaskValues) -> dict[str, float]:
+    """Each task's own metrics under their full names, `task.<name>.<metric>`."""
     return {
-        "delta_m": delta_m(errors, yardstick, tasks),
-        "normalized_gain": normalized_gain(errors, yardstick, tasks),
-        "total_error": total_error(errors, tasks),
+        f"task.{task}.{metric}": value
+        for task, metrics in values.items()
+        for metric, value in metrics.items()
     }
-
-
-def task_metrics(errors: Mapping[str, float], tasks: TaskSet) -> dict[str, float]:
-    """Each task's own metric under its full name, `task.<name>.<metric>`."""
-    return {f"task.{task.name}.{task.metric}": errors[task.name] for task in tasks}

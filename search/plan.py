@@ -1,19 +1,34 @@
 """A job's spec made concrete: what the schema cannot know is checked here, before anything is stored."""
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
+import torch
 from pydantic import BaseModel, ValidationError
 
 from coterie.models.backbones import BACKBONES
-from coterie.models.cost import count_cost
-from coterie.models.families import build_network
+from coterie.models.cost import count_cost, measure_peak_memory_mb
 from coterie.models.tasks import Direction, TaskSet
 from coterie.search.data.base import Source, fingerprint
 from coterie.search.data.registry import sources
 from coterie.search.objective import METRICS, PLANNED, metric_directions
-from coterie.search.space import Space, SpaceError, make_space, whole_values
-from coterie.search.spec import DatasetSpec, JobSpec, TaskChoice
+from coterie.search.space import (
+    GROUPING_FAMILIES,
+    Choices,
+    Dimension,
+    Space,
+    SpaceError,
+    build_candidate,
+    make_space,
+)
+from coterie.search.spec import EVERY_FAMILY, DatasetSpec, JobSpec, TaskChoice
+from coterie.search.store import Candidate
+
+# Families whose networks hold what the tasks own and what they share side by side.
+GATED_FAMILIES = frozenset({"interrogate", "dmtg+interrogate"})
+META = torch.device("meta")  # shapes without memory
 
 
 @dataclass(frozen=True)
@@ -69,22 +84,64 @@ class Plan:
         return fingerprint(self.source, self.options)
 
     def largest_cost(self) -> dict[str, float]:
-        """macs and params of the largest single-task set in the space: no candidate costs more."""
-        greatest = {"macs": 0.0, "params": 0.0}
-        for (_, backbone), table in self.space.table.items():
-            shape = {name: max(whole_values(table[name].domain)) for name in ("width", "depth")}
-            network = build_network(
-                "single",
-                backbone=BACKBONES[backbone](input_shape=self.input_shape, **shape),
-                tasks=self.tasks,
-                parameters={},
-            )
-            cost = count_cost(network.prune(), self.input_shape)
-            greatest = {
-                "macs": max(greatest["macs"], cost.macs),
-                "params": max(greatest["params"], cost.params),
-            }
+        """macs, params and peak memory that no candidate exceeds; nothing is allocated.
+
+        Tasks that share by groups cost at most a whole set of single-task networks, and hold the features of
+        their prefix beside those of one of them. A gated network has besides what its tasks own at most one
+        shared network for each group, so twice that set, and all their features at once. A routed network is
+        counted at the ends of its range of `gamma`, since its macs are convex in it.
+        """
+        greatest = dict.fromkeys(("macs", "params", "peak_memory_mb"), 0.0)
+        measured: dict[str, dict[str, float]] = {}
+        for (family, backbone), table in self.space.table.items():
+            sizes = {name: max(_numbers(table[name])) for name in BACKBONES[backbone].choices}
+            for parameters in _costliest(family, table):
+                counted = family if family == "etr_nlp" else "single"
+                candidate = Candidate(family=counted, backbone=backbone, parameters={**sizes, **parameters})
+                if repr(candidate) not in measured:
+                    measured[repr(candidate)] = measure_size(candidate, self.input_shape, self.tasks)
+                size = measured[repr(candidate)]
+                gated = family in GATED_FAMILIES
+                times = {
+                    "macs": 2 if gated else 1,
+                    "params": 2 if gated else 1,
+                    "peak_memory_mb": len(self.tasks) + 1 if gated else 2,
+                }
+                greatest = {name: max(greatest[name], times[name] * size[name]) for name in greatest}
         return greatest
+
+
+def measure_size(candidate: Candidate, input_shape: tuple[int, ...], tasks: TaskSet) -> dict[str, float]:
+    """macs, params and peak memory of a network that is the same whatever it learns; nothing is allocated."""
+    with META:
+        network = build_candidate(candidate, input_shape, tasks).prune()
+    cost = count_cost(network, input_shape)
+    return {
+        "macs": cost.macs,
+        "params": cost.params,
+        "peak_memory_mb": measure_peak_memory_mb(network, input_shape, META),
+    }
+
+
+def _costliest(family: str, table: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
+    """The parameters among which the costliest network of a family is."""
+    if family != "etr_nlp":
+        yield {}
+        return
+    gammas = _numbers(table["gamma"])
+    for gamma, own_width, primitives in itertools.product(
+        sorted({min(gammas), max(gammas)}), _values(table["own_width"]), _values(table["primitives"])
+    ):
+        yield {"gamma": gamma, "own_width": own_width, "primitives": primitives}
+
+
+def _values(dimension: Dimension) -> Sequence[Any]:
+    assert isinstance(dimension.domain, Choices)
+    return dimension.domain.values
+
+
+def _numbers(dimension: Dimension) -> list[float]:
+    return list(_values(dimension))
 
 
 def make_plan(spec: JobSpec) -> Plan:
@@ -97,11 +154,14 @@ def make_plan(spec: JobSpec) -> Plan:
     tasks = _resolve_tasks(spec, source)
     faults = [*_metric_faults(spec, tasks)]
     backbones: list[str] = [*spec.search.backbones] or [source.backbone]
+    families: list[str] = [*spec.search.families]
+    if len(tasks) == 1 and set(families) == set(EVERY_FAMILY):
+        families = [family for family in families if family not in GROUPING_FAMILIES]
     try:
-        space = make_space(spec.search.families, backbones, tasks, spec.search.space)
+        space = make_space(families, backbones, tasks, source.shape(), spec.search.space)
     except SpaceError as error:
-        place = "/search/space" + "".join(f"/{escape(part)}" for part in error.path)
-        faults.append(Fault(place if error.path else "/search/families", str(error)))
+        place = "".join(f"/{escape(part)}" for part in ("search", *error.path))
+        faults.append(Fault(place, str(error)))
     if faults:
         raise SpecError(faults)
     directions = metric_directions(tasks)
@@ -164,10 +224,12 @@ def _metric_faults(spec: JobSpec, tasks: TaskSet) -> Iterator[Fault]:
         if metric in PLANNED:
             yield Fault(f"{place}/metric", f"'{metric}' is not implemented yet")
         elif metric not in directions:
-            own = ", ".join(name for name in directions if name not in METRICS)
-            yield Fault(
-                f"{place}/metric", f"'{metric}' is no metric; there are {', '.join(METRICS)}, and {own}"
+            why = (
+                "needs a task that classifies (binary or multiclass), and the job has none"
+                if metric in METRICS
+                else "is no metric"
             )
+            yield Fault(f"{place}/metric", f"'{metric}' {why}; there are {', '.join(directions)}")
     for index, objective in enumerate(spec.objectives):
         own_direction = directions.get(objective.metric)
         if objective.direction is not None and own_direction not in (None, objective.direction):

@@ -5,13 +5,20 @@ A candidate is drawn by *walking* the space: each open dimension is put to a `ch
 order, and what it answers decides which dimensions follow. So the choices alone rebuild a candidate.
 """
 
+import itertools
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from coterie.models.affinity import AFFINITY_LR
 from coterie.models.backbones import BACKBONES
+from coterie.models.backbones.base import ImageBackbone
+from coterie.models.balancing import BALANCINGS
+from coterie.models.families import MultiTaskNetwork, build_network
+from coterie.models.families.etr_nlp import check_routing
+from coterie.models.heads import plan_head
 from coterie.models.tasks import Grouping, TaskSet
 from coterie.search.spec import Domain, Interval
 from coterie.search.store import Candidate
@@ -19,6 +26,10 @@ from coterie.search.store import Candidate
 Value = bool | int | float | str
 
 GREATEST_GROUPS = 8  # more networks than that on one input are no grouping any more; a job may ask for fewer
+EXAMPLE_INPUT = (3, 32, 32)  # every backbone takes it, and none has another number of units on another input
+
+# Families whose tasks fall into groups: one task has nothing to group.
+GROUPING_FAMILIES = frozenset({"grouped", "dmtg", "affinity", "dmtg+interrogate"})
 
 
 @dataclass(frozen=True)
@@ -47,27 +58,50 @@ class Dimension:
         domain: What it may be.
         default: Its value in the family's default candidate.
         description: What it does, for the catalogue.
+        searched: What a job tries that does not name it; None for the whole domain.
+        stands_for: What a value that is a name stands for in the family's arguments.
     """
 
     name: str
     domain: Choices | Range
     default: Value
     description: str
+    searched: Choices | Range | None = None
+    stands_for: Mapping[Any, Any] = field(default_factory=dict)
+
+    @property
+    def unnamed(self) -> "Dimension":
+        """The dimension in a job that does not name it."""
+        return self if self.searched is None else replace(self, domain=self.searched, searched=None)
 
 
 Choose = Callable[[str, Dimension], Value]
 
 
 class SpaceError(ValueError):
-    """A job's `space` asks for what its family does not have.
+    """A job's `search` asks for what is not there or does not go together.
 
     Attributes:
-        path: Where in `space`: family, dimension, index.
+        path: Where in `search`: keys and indices.
     """
 
     def __init__(self, path: Sequence[str | int], detail: str) -> None:
         super().__init__(detail)
         self.path = tuple(path)
+
+
+def _option(
+    name: str, domain: Choices | Range, default: Value, description: str, **stands_for: Any
+) -> Dimension:
+    """A dimension that stays at its default unless a job names it."""
+    return Dimension(
+        name=name,
+        domain=domain,
+        default=default,
+        description=description,
+        searched=Choices((default,)),
+        stands_for=stands_for,
+    )
 
 
 RECIPE = (
@@ -89,68 +123,270 @@ RECIPE = (
         default=64,
         description="Samples a step.",
     ),
+    Dimension(
+        name="balancing",
+        domain=Choices(tuple(BALANCINGS)),
+        default="fixed",
+        # The others take a backward pass for each task.
+        searched=Choices(("fixed", "uncertainty", "dwa", "random")),
+        description="How the tasks' losses or gradients are combined; what aggregates gradients is tried "
+        "only where a job names it.",
+    ),
+)
+
+_TAU = Dimension(
+    name="tau",
+    domain=Range(0.5, 8.0, log=True),
+    default=2.5,
+    description="Temperature of the relaxed grouping (DMTG's CelebA recipe: 2.5).",
+)
+_LOGITS_LR = Dimension(
+    name="logits_lr",
+    domain=Range(1e-4, 1e-1, log=True),
+    default=5e-3,
+    description="Learning rate of the grouping logits (the paper uses the weights').",
+)
+_PROBE = _option(
+    "probe",
+    Range(0.05, 0.5),
+    0.25,
+    "Share of the epochs in which the affinity of the tasks is measured.",
+)
+_GATES = (
+    Dimension(
+        name="sparsity_weight",
+        domain=Range(0.01, 2.0, log=True),
+        default=0.1,
+        description="Strength of the loss that closes gates, in multiples of the sum of the task weights.",
+    ),
+    Dimension(
+        name="own_share",
+        domain=Range(0.0, 1.0),
+        default=0.0,
+        description="Share of its own channels that a task may keep without that loss.",
+    ),
+    Dimension(
+        name="gate_lr",
+        domain=Range(5e-3, 0.2, log=True),
+        default=0.05,
+        description="Learning rate of the gates.",
+    ),
+)
+
+_DMTG = (
+    _TAU,
+    _LOGITS_LR,
+    Dimension(
+        name="init",
+        domain=Choices(("equal", "affinity")),
+        default="equal",
+        description="Start of the grouping logits: all equal, as published, or by measured affinity.",
+    ),
+    Dimension(
+        name="fine_tune",
+        domain=Range(0.0, 0.4),
+        default=0.0,
+        searched=Choices((0.0, 0.2)),
+        description="Share of the epochs, at the end, that train each group on its own tasks.",
+    ),
+    _PROBE,
+    _option(
+        "epsilon",
+        Range(0.0, 0.5),
+        0.0,
+        "A head whose expected share of its task stays below this is dropped during training.",
+    ),
+    _option("patience", Range(1, 20, integer=True), 2, "Epochs that it has to stay below it."),
+    _option(
+        "tau_end",
+        Choices(("none", 0.25, 0.5, 1.0)),
+        "none",
+        "Temperature at the last epoch, reached geometrically; none keeps it constant.",
+        none=None,
+    ),
+    _option(
+        "loss_normalisation",
+        Choices(("none", "initial", "running")),
+        "none",
+        "What each task's loss is divided by, for losses of different scale.",
+    ),
+    _option(
+        "scaling",
+        Choices(("off", "intended", "as_released")),
+        "off",
+        "Scaling of the gradients between prefix, branches and heads (the paper's choice for dense tasks: "
+        "intended).",
+    ),
+    _option("entropy_weight", Range(0.0, 10.0), 0.0, "Strength of the entropy term of the released code."),
+)
+
+_INTERROGATE = (
+    *_GATES,
+    _option("gate_start", Range(0.0, 2.0), 0.5, "Logit that every gate starts with."),
+    _option(
+        "weighting", Choices(("plain", "macs")), "plain", "What a unit counts in the loss that closes gates."
+    ),
+    _option("frozen", Range(0.0, 0.5), 0.1, "Share of the epochs, at the end, in which no gate moves."),
+)
+
+# Banks of primitives by name.
+_BANKS: Mapping[str, tuple[str, ...]] = {
+    "all": ("random_conv", "max_pool", "avg_pool", "identity"),
+    "random": ("random_conv", "identity"),
+    "pooling": ("max_pool", "avg_pool", "identity"),
+    "with_noise": ("random_conv", "max_pool", "avg_pool", "identity", "noise"),
+}
+
+_ETR_NLP = (
+    Dimension(
+        name="gamma",
+        domain=Choices((0.1, 0.25, 0.5, 0.75, 0.9, 1.0)),
+        searched=Choices((0.25, 0.5, 0.75, 1.0)),
+        default=0.5,
+        description="Share of the channels that all tasks share.",
+    ),
+    _option(
+        "own_width",
+        Choices(("split", "full")),
+        "split",
+        "Whether the tasks deal out what is left of the width, or each gets as much.",
+    ),
+    _option(
+        "primitives",
+        Choices(tuple(_BANKS)),
+        "all",
+        "The bank of fixed primitives: "
+        + "; ".join(f"{name}: {', '.join(bank)}" for name, bank in _BANKS.items())
+        + ".",
+        **_BANKS,
+    ),
+    _option("density", Range(0.05, 1.0), 0.5, "Share of entries other than 0 in the random primitives."),
+    _option("dilation", Range(1, 4, integer=True), 1, "Of the random convolutions."),
+)
+
+_AFFINITY = (
+    Dimension(
+        name="method",
+        domain=Choices(("affinity", "tag", "random")),
+        default="affinity",
+        description="How the partition is found.",
+    ),
+    _PROBE,
+    _option(
+        "affinity_lr",
+        Range(1e-4, 0.1, log=True),
+        AFFINITY_LR,
+        "Length of the gradient step that is measured.",
+    ),
+)
+
+_DMTG_INTERROGATE = (
+    _TAU,
+    _LOGITS_LR,
+    *_GATES,
+    _option(
+        "group_share", Range(0.2, 0.8), 0.5, "Share of the epochs that learn the groups, before the gates."
+    ),
 )
 
 
 def backbone_dimensions(backbone: str) -> tuple[Dimension, ...]:
-    """Width and depth of a backbone."""
+    """The sizes of a backbone that may be varied."""
     kind = BACKBONES[backbone]
-    return (
+    words = {
+        "width": "Factor of the published network's channels."
+        if issubclass(kind, ImageBackbone)
+        else "Features of each unit.",
+        "depth": "Number of units.",
+    }
+    return tuple(
         Dimension(
-            name="width",
-            domain=Choices(tuple(kind.widths)),
-            default=kind.default_width,
-            description="Features of each unit.",
-        ),
-        Dimension(
-            name="depth",
-            domain=Choices(tuple(kind.depths)),
-            default=kind.default_depth,
-            description="Number of units.",
-        ),
+            name=name,
+            domain=Choices(tuple(values)),
+            default=kind.defaults[name],
+            description=words[name],
+        )
+        for name, values in kind.choices.items()
+    )
+
+
+def recipe_dimensions(family: str, tasks: int) -> tuple[Dimension, ...]:
+    """How a family's networks are trained: where tasks share nothing, there is nothing to balance."""
+    if family != "single" and tasks > 1:
+        return RECIPE
+    return tuple(
+        replace(dimension, searched=Choices((dimension.default,)))
+        if dimension.name == "balancing"
+        else dimension
+        for dimension in RECIPE
     )
 
 
 def family_dimensions(family: str, backbone: str, tasks: int) -> tuple[Dimension, ...]:
     """A family's own dimensions for a number of tasks; `grouping` is walked by `Space`."""
-    if family not in ("grouped", "dmtg"):
-        return ()
     groups = Dimension(
         name="groups",
         domain=Choices(tuple(range(2, min(tasks, GREATEST_GROUPS) + 1))),
         default=2,
-        description="Number of groups (dmtg: the greatest number).",
+        description="Number of groups (where they are learned: the greatest number).",
     )
     split = Dimension(
         name="split",
-        domain=Range(0, max(BACKBONES[backbone].depths) - 1, integer=True),
+        domain=Range(0, _most_units(backbone) - 1, integer=True),
         default=0,
         description="Units at the start that all groups share; always fewer than the backbone has.",
     )
-    if family == "grouped":
-        return (groups, split)
-    return (
-        groups,
-        split,
-        Dimension(
-            name="tau",
-            domain=Range(0.5, 8.0, log=True),
-            default=2.5,
-            description="Temperature of the relaxed grouping (DMTG's CelebA recipe: 2.5).",
-        ),
-        Dimension(
-            name="logits_lr",
-            domain=Range(1e-4, 1e-1, log=True),
-            default=5e-3,
-            description="Learning rate of the grouping logits (the paper uses the weights').",
-        ),
-    )
+    own: Mapping[str, tuple[Dimension, ...]] = {
+        "single": (),
+        "shared": (),
+        "grouped": (groups, split),
+        "dmtg": (groups, split, *_DMTG),
+        "interrogate": _INTERROGATE,
+        "etr_nlp": _ETR_NLP,
+        "affinity": (groups, split, *_AFFINITY),
+        "dmtg+interrogate": (groups, split, *_DMTG_INTERROGATE),
+    }
+    return own[family]
 
 
 def dimensions(family: str, backbone: str, tasks: int) -> dict[str, Dimension]:
     """All dimensions of a family on a backbone, by name."""
-    every = (*backbone_dimensions(backbone), *RECIPE, *family_dimensions(family, backbone, tasks))
+    every = (
+        *backbone_dimensions(backbone),
+        *recipe_dimensions(family, tasks),
+        *family_dimensions(family, backbone, tasks),
+    )
     return {dimension.name: dimension for dimension in every}
+
+
+def recipe_of(candidate: Candidate) -> dict[str, Value]:
+    """How a candidate is trained; what an older one does not say is at its default."""
+    return {part.name: candidate.parameters.get(part.name, part.default) for part in RECIPE}
+
+
+def sizes_of(candidate: Candidate) -> dict[str, Any]:
+    """The sizes of a candidate's backbone."""
+    return {part.name: candidate.parameters[part.name] for part in backbone_dimensions(candidate.backbone)}
+
+
+def build_candidate(candidate: Candidate, input_shape: tuple[int, ...], tasks: TaskSet) -> MultiTaskNetwork:
+    """Build a candidate's network, its weights drawn from torch's global generator: the caller seeds it.
+
+    Raises:
+        ValueError: If the candidate is impossible.
+    """
+    sizes, recipe = sizes_of(candidate), recipe_of(candidate)
+    stands_for = {
+        dimension.name: dimension.stands_for
+        for dimension in family_dimensions(candidate.family, candidate.backbone, len(tasks))
+    }
+    parameters = {
+        name: stands_for[name].get(value, value) if stands_for.get(name) else value
+        for name, value in candidate.parameters.items()
+        if name not in sizes and name not in recipe
+    }
+    backbone = BACKBONES[candidate.backbone](input_shape=input_shape, **sizes)
+    return build_network(candidate.family, backbone=backbone, tasks=tasks, parameters=parameters)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +397,9 @@ class Space:
         families: In the order of the job.
         backbones: Names.
         tasks: The job's tasks.
-        table: (family, backbone) -> dimension name -> the dimension as narrowed.
+        table: (family, backbone) -> dimension name -> the dimension as narrowed: its domain is what is tried.
         groupings: The partitions that `grouped` may take, where the job gives them; empty for all.
+        gammas: (backbone, width) -> the values of `etr_nlp`'s gamma that leave every part its channels.
     """
 
     families: tuple[str, ...]
@@ -170,6 +407,7 @@ class Space:
     tasks: TaskSet
     table: Mapping[tuple[str, str], Mapping[str, Dimension]]
     groupings: tuple[Grouping, ...] = ()
+    gammas: Mapping[tuple[str, Value], tuple[Value, ...]] = field(default_factory=dict)
 
     def walk(self, choose: Choose) -> Candidate:
         """Draw a candidate: `choose(name, dimension)` answers for each dimension of more than one value."""
@@ -177,13 +415,10 @@ class Space:
         backbone = str(_ask(choose, f"{family}.backbone", _among("backbone", self.backbones)))
         prefix = f"{family}.{backbone}"
         parameters: dict[str, Any] = {}
-        table = self.table[family, backbone]
-        for dimension in table.values():
+        for dimension in self.table[family, backbone].values():
             if dimension.name == "groups" and family == "grouped" and self.groupings:
                 continue
-            # What a split may be depends on the depth, so each depth has a choice of its own name.
-            name = f"split<{parameters['depth']}" if dimension.name == "split" else dimension.name
-            fitted = _fit(dimension, table.get("split"), parameters)
+            name, fitted = self._fit(dimension, family, backbone, parameters)
             parameters[dimension.name] = _ask(choose, f"{prefix}.{name}", fitted)
         if family == "grouped":
             grouping = self._choose_grouping(choose, f"{family}.grouping", parameters.pop("groups", None))
@@ -203,6 +438,28 @@ class Space:
                 )
                 found.append(choices)
         return found
+
+    def _fit(
+        self, dimension: Dimension, family: str, backbone: str, chosen: Mapping[str, Any]
+    ) -> tuple[str, Dimension]:
+        """What is left of a dimension after what was chosen, under a name of its own for each such choice.
+
+        At least one unit must follow the split: it bounds the depth, and the chosen depth bounds it.
+        """
+        split = self.table[family, backbone].get("split")
+        if dimension.name == "depth" and split is not None:
+            least = min(whole_values(split.domain))
+            return "depth", _only(
+                dimension, [value for value in whole_values(dimension.domain) if value > least]
+            )
+        if dimension.name == "split":
+            units = chosen.get("depth", _most_units(backbone))
+            left = [value for value in whole_values(dimension.domain) if value < units]
+            return f"split<{units}", _only(dimension, left)
+        if family == "etr_nlp" and dimension.name == "gamma":
+            fitting = self.gammas[backbone, chosen["width"]]
+            return f"gamma in {', '.join(map(str, fitting))}", _only(dimension, fitting)
+        return dimension.name, dimension
 
     def _choose_grouping(self, choose: Choose, name: str, groups: Any) -> Grouping:
         """One of the job's partitions, or any canonical one of `groups` groups, task by task.
@@ -231,45 +488,62 @@ def make_space(
     families: Sequence[str],
     backbones: Sequence[str],
     tasks: TaskSet,
+    input_shape: tuple[int, ...],
     wanted: Mapping[str, Mapping[str, Domain]],
 ) -> Space:
-    """Narrow the families' dimensions to what the job wants.
+    """Narrow the families' dimensions to what the job wants, and check that it can be built.
 
     Raises:
-        SpaceError: If it names a family or dimension that is not searched, or a value outside its domain.
+        SpaceError: If it names a family or dimension that is not searched, or a value outside its domain, or
+            the input, the tasks, a backbone and a size don't go together.
     """
     for family in wanted:
         if family not in families:
-            raise SpaceError([family], f"'{family}' is not among the job's families {list(families)}")
+            raise SpaceError(
+                ["space", family], f"'{family}' is not among the job's families {list(families)}"
+            )
     for family in families:
-        if family in ("grouped", "dmtg") and len(tasks) < 2:
-            raise SpaceError([], f"family '{family}' needs at least two tasks, found {len(tasks)}")
-    table = {}
+        if family in GROUPING_FAMILIES and len(tasks) < 2:
+            raise SpaceError(["families"], f"family '{family}' needs at least two tasks, found {len(tasks)}")
+    table: dict[tuple[str, str], dict[str, Dimension]] = {}
     groupings: tuple[Grouping, ...] = ()
+    gammas: dict[tuple[str, Value], tuple[Value, ...]] = {}
     for family in families:
         narrowing = dict(wanted.get(family, {}))
         given = narrowing.pop("grouping", None) if family == "grouped" else None
         if given is not None:
             if "groups" in narrowing:
-                raise SpaceError([family, "groups"], "'grouping' says the groups: give one of the two")
+                raise SpaceError(
+                    ["space", family, "groups"], "'grouping' says the groups: give one of the two"
+                )
             groupings = _read_groupings(given, tasks)
-        for backbone in backbones:
+        for number, backbone in enumerate(backbones):
             known = dimensions(family, backbone, len(tasks))
             for name in narrowing:
                 if name not in known:
-                    raise SpaceError([family, name], f"'{family}' has no '{name}'; it has {sorted(known)}")
-            table[family, backbone] = {
-                name: _narrow(dimension, narrowing[name], [family, name]) if name in narrowing else dimension
+                    raise SpaceError(
+                        ["space", family, name], f"'{family}' has no '{name}'; it has {sorted(known)}"
+                    )
+            narrowed = {
+                name: _narrow(dimension, narrowing[name], ["space", family, name])
+                if name in narrowing
+                else dimension.unnamed
                 for name, dimension in known.items()
             }
-            deepest = max(whole_values(table[family, backbone]["depth"].domain))
-            split = table[family, backbone].get("split")
-            if split is not None and min(whole_values(split.domain)) >= deepest:
-                raise SpaceError(
-                    [family, "split"], f"split must be less than depth, so at most {deepest - 1}"
-                )
+            _check_split(family, backbone, narrowed)
+            _check_sizes(family, backbone, number, narrowed, tasks, input_shape)
+            if family == "etr_nlp":
+                fitting = _fitting_gammas(backbone, narrowed, narrowing.keys(), tasks, input_shape)
+                narrowed["width"] = _only(narrowed["width"], list(fitting))
+                gammas |= {(backbone, width): values for width, values in fitting.items()}
+            table[family, backbone] = narrowed
     return Space(
-        families=tuple(families), backbones=tuple(backbones), tasks=tasks, table=table, groupings=groupings
+        families=tuple(families),
+        backbones=tuple(backbones),
+        tasks=tasks,
+        table=table,
+        groupings=groupings,
+        gammas=gammas,
     )
 
 
@@ -288,16 +562,37 @@ def default_of(dimension: Dimension) -> Value:
     return round(middle) if domain.integer else middle
 
 
-def json_schema(family: str, backbone: str, tasks: int) -> dict[str, Any]:
-    """JSON Schema of a family's values in a candidate, with defaults."""
-    schema = schema_of(dimensions(family, backbone, tasks).values())
+def json_schema(family: str, backbones: Sequence[str], tasks: int) -> dict[str, Any]:
+    """JSON Schema of a family's values in a candidate, with defaults.
+
+    What differs between backbones is shown for each form, with the backbones' names as title.
+    """
+    by_backbone = {
+        backbone: schema_of(dimensions(family, backbone, tasks).values())["properties"]
+        for backbone in backbones
+    }
+    properties: dict[str, Any] = {}
+    for name in dict.fromkeys(name for fields in by_backbone.values() for name in fields):
+        fields = {backbone: fields[name] for backbone, fields in by_backbone.items() if name in fields}
+        forms: list[tuple[list[str], dict[str, Any]]] = []
+        for backbone, entry in fields.items():
+            alike = next((names for names, form in forms if form == entry), None)
+            if alike is None:
+                forms.append(([backbone], entry))
+            else:
+                alike.append(backbone)
+        (names, form), *others = forms
+        if others or len(names) < len(by_backbone):
+            properties[name] = {"anyOf": [{"title": ", ".join(names), **form} for names, form in forms]}
+        else:
+            properties[name] = form
     if family == "grouped":
-        schema["properties"]["grouping"] = {
+        properties["grouping"] = {
             "type": "array",
             "items": {"type": "array", "items": {"type": "string"}, "minItems": 1},
             "description": "The partition of the tasks, as lists of their names; by default all are tried.",
         }
-    return schema
+    return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
 def schema_of(dimensions: Iterable[Dimension]) -> dict[str, Any]:
@@ -313,15 +608,35 @@ def schema_of(dimensions: Iterable[Dimension]) -> dict[str, Any]:
                 "minimum": domain.low,
                 "maximum": domain.high,
             }
+        fixed = dimension.searched == Choices((dimension.default,))
+        rest = " At its default unless the job names it." if fixed else ""
         properties[dimension.name] = about | {
             "default": dimension.default,
-            "description": dimension.description,
+            "description": dimension.description + rest,
         }
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
 
+def whole_values(domain: Choices | Range) -> list[int]:
+    """The values of a domain of whole numbers."""
+    if isinstance(domain, Choices):
+        return [int(value) for value in domain.values]
+    return list(range(int(domain.low), int(domain.high) + 1))
+
+
+def _most_units(backbone: str) -> int:
+    """The most units that a backbone of this kind has."""
+    kind = BACKBONES[backbone]
+    sizes = {name: max(values) for name, values in kind.choices.items()}
+    return kind(input_shape=EXAMPLE_INPUT, **sizes).units
+
+
 def _among(name: str, values: Sequence[str]) -> Dimension:
     return Dimension(name=name, domain=Choices(tuple(values)), default=values[0], description="")
+
+
+def _only(dimension: Dimension, values: Sequence[Value]) -> Dimension:
+    return replace(dimension, domain=Choices(tuple(values)))
 
 
 def _ask(choose: Choose, name: str, dimension: Dimension) -> Value:
@@ -333,24 +648,78 @@ def _ask(choose: Choose, name: str, dimension: Dimension) -> Value:
     return choose(name, dimension)
 
 
-def _fit(dimension: Dimension, split: Dimension | None, chosen: Mapping[str, Any]) -> Dimension:
-    """At least one unit must follow the split: it bounds the depth, and the chosen depth bounds it."""
-    if split is None or dimension.name not in ("depth", "split"):
-        return dimension
-    if dimension.name == "depth":
-        allowed = [
-            value for value in whole_values(dimension.domain) if value > min(whole_values(split.domain))
-        ]
-    else:
-        allowed = [value for value in whole_values(dimension.domain) if value < chosen["depth"]]
-    return replace(dimension, domain=Choices(tuple(allowed)))
+def _check_split(family: str, backbone: str, table: Mapping[str, Dimension]) -> None:
+    split, depth = table.get("split"), table.get("depth")
+    units = _most_units(backbone) if depth is None else max(whole_values(depth.domain))
+    if split is not None and min(whole_values(split.domain)) >= units:
+        words = "so at most" if depth is None else "less than depth, so at most"
+        raise SpaceError(["space", family, "split"], f"split must be {words} {units - 1} on '{backbone}'")
 
 
-def whole_values(domain: Choices | Range) -> list[int]:
-    """The values of a domain of whole numbers."""
-    if isinstance(domain, Choices):
-        return [int(value) for value in domain.values]
-    return list(range(int(domain.low), int(domain.high) + 1))
+def _check_sizes(
+    family: str,
+    backbone: str,
+    number: int,
+    table: Mapping[str, Dimension],
+    tasks: TaskSet,
+    input_shape: tuple[int, ...],
+) -> None:
+    """Check each size of a backbone on the job's input, and that its features suit the tasks' heads."""
+    for sizes in _size_choices(backbone, table):
+        try:
+            built = BACKBONES[backbone](input_shape=input_shape, **sizes)
+            for task in tasks:
+                plan_head(task, built)
+        except ValueError as error:
+            name = str(error).partition(":")[0]
+            raise SpaceError(
+                ["space", family, name] if name in sizes else ["backbones", number], str(error)
+            ) from error
+
+
+def _size_choices(backbone: str, table: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
+    names = list(BACKBONES[backbone].choices)
+    domains = [table[name].domain for name in names]
+    assert all(isinstance(domain, Choices) for domain in domains)
+    for values in itertools.product(*(domain.values for domain in domains if isinstance(domain, Choices))):
+        yield dict(zip(names, values, strict=True))
+
+
+def _fitting_gammas(
+    backbone: str,
+    table: Mapping[str, Dimension],
+    named: Collection[str],
+    tasks: TaskSet,
+    input_shape: tuple[int, ...],
+) -> dict[Value, tuple[Value, ...]]:
+    """For each width that leaves every part its channels at some gamma, the values of gamma that do so.
+
+    Raises:
+        SpaceError: If no width is left, or one is not that the job names.
+    """
+    gamma, own_width = table["gamma"].domain, table["own_width"].domain
+    assert isinstance(gamma, Choices)
+    assert isinstance(own_width, Choices)
+    fitting: dict[Value, tuple[Value, ...]] = {}
+    refused = ""
+    for sizes in _size_choices(backbone, table):
+        built = BACKBONES[backbone](input_shape=input_shape, **sizes)
+        found = []
+        for value in gamma.values:
+            try:
+                for own in own_width.values:
+                    check_routing(built, tasks, gamma=float(value), own_width=str(own))  # type: ignore[arg-type]
+            except ValueError as error:
+                refused = str(error)
+            else:
+                found.append(value)
+        if found:
+            fitting[sizes["width"]] = tuple(found)
+        elif "width" in named:
+            raise SpaceError(["space", "etr_nlp", "width"], refused)
+    if not fitting:
+        raise SpaceError(["space", "etr_nlp", "gamma" if "gamma" in named else "width"], refused)
+    return fitting
 
 
 def _narrow(dimension: Dimension, wanted: Domain, path: list[str | int]) -> Dimension:
@@ -367,7 +736,7 @@ def _narrow(dimension: Dimension, wanted: Domain, path: list[str | int]) -> Dime
         narrowed = Choices(tuple(dict.fromkeys(values)))
     else:
         narrowed = Choices((_check(dimension, wanted, path),))
-    return replace(dimension, domain=narrowed)
+    return replace(dimension, domain=narrowed, searched=None)
 
 
 def _check(dimension: Dimension, value: object, path: list[str | int]) -> Value:
@@ -385,7 +754,7 @@ def _check(dimension: Dimension, value: object, path: list[str | int]) -> Value:
 
 
 def _read_groupings(given: Domain, tasks: TaskSet) -> tuple[Grouping, ...]:
-    path: list[str | int] = ["grouped", "grouping"]
+    path: list[str | int] = ["space", "grouped", "grouping"]
     if isinstance(given, list) and all(_is_list_of(str, entry) for entry in given):
         return (_read_grouping(given, tasks, path),)
     if isinstance(given, list) and all(_is_list_of(list, entry) for entry in given):

@@ -6,7 +6,7 @@ refused with those words, never ignored.
 """
 
 from collections.abc import Callable
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -136,6 +136,12 @@ class Interval(_Part):
         return self
 
 
+Family = Literal[
+    "single", "shared", "grouped", "dmtg", "interrogate", "etr_nlp", "affinity", "dmtg+interrogate"
+]
+EVERY_FAMILY: tuple[Family, ...] = get_args(Family)
+BackboneName = Literal["mlp", "cnn", "resnet20", "resnet18", "resnet50_dilated", "vit_tiny", "vit_small"]
+
 Scalar = bool | int | float | str
 Domain = (
     Scalar
@@ -169,29 +175,14 @@ class SchedulerSpec(_Part):
 class SearchSpec(_Part):
     """What is tried, and how it is chosen."""
 
-    families: Annotated[
-        list[
-            Annotated[
-                Literal["single", "shared", "grouped", "dmtg"],
-                _planned("interrogate", "etr_nlp", "dmtg+interrogate"),
-            ]
-        ],
-        _unique(str, "families"),
-    ] = Field(
-        default=["single", "shared", "grouped", "dmtg"],
+    families: Annotated[list[Family], _unique(str, "families")] = Field(
+        default=list(EVERY_FAMILY),
         min_length=1,
-        description="Ways to share between tasks; one that is not listed is excluded.",
+        description="Ways to share between tasks; one that is not listed is excluded. Where all are listed "
+        "and the job has one task, those that form groups are left out.",
         json_schema_extra=UNIQUE_ITEMS,
     )
-    backbones: Annotated[
-        list[
-            Annotated[
-                Literal["mlp"],
-                _planned("cnn", "resnet20", "resnet18", "resnet50_dilated", "vit_tiny", "vit_small"),
-            ]
-        ],
-        _unique(str, "backbones"),
-    ] = Field(
+    backbones: Annotated[list[BackboneName], _unique(str, "backbones")] = Field(
         default=[],
         description="Backbones to build on; empty means the source's own.",
         json_schema_extra=UNIQUE_ITEMS,

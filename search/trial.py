@@ -2,38 +2,43 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from coterie.models.backbones import BACKBONES
-from coterie.models.cost import count_cost, measure_latency_ms
+from coterie.models.backbones.base import ImageBackbone
+from coterie.models.balancing import build_balancer
+from coterie.models.cost import count_cost, measure_latency_ms, measure_peak_memory_mb
 from coterie.models.export import ARCHITECTURE_FILE, WEIGHTS_FILE, Preprocessing, write_architecture
-from coterie.models.families import build_network
-from coterie.models.metrics import task_errors
+from coterie.models.metrics import Evaluator
+from coterie.models.static import StaticNetwork
 from coterie.models.tasks import Task, TaskSet
 from coterie.search.data.base import Dataset, Split
-from coterie.search.objective import Yardstick, combined_metrics, task_metrics
-from coterie.search.space import RECIPE, backbone_dimensions
+from coterie.search.objective import TaskValues, Yardstick, combined_metrics, task_metrics
+from coterie.search.space import build_candidate, recipe_of
 from coterie.search.store import Candidate, Ending, Measurement, Reference, StoredFile, TrialState
 
 CHECKPOINT = "checkpoint.safetensors"
 MEASUREMENTS_KEPT = 100  # in a checkpoint: far more than a driver has waiting to be recorded
-RECIPE_NAMES = frozenset(dimension.name for dimension in RECIPE)
+EVALUATED_NUMBERS = 2**20  # of inputs at once: few enough for a deep network's features to fit in memory
 
 
 class Diverged(Exception):
-    """The training's loss is no longer finite."""
+    """The training's loss, its weights or a metric are no longer finite."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +62,7 @@ class Assignment:
 
 @dataclass(frozen=True, kw_only=True)
 class Samples:
-    """A split on the trial's device: standardised inputs [samples, *shape], targets by task [samples]."""
+    """A split on the trial's device: standardised inputs [samples, *shape], labels by task [samples, ...]."""
 
     inputs: Tensor
     targets: Mapping[str, Tensor]
@@ -96,10 +101,15 @@ def make_bench(tasks: TaskSet, data: Dataset, *, cpus: float, gpus: float) -> Be
     torch.set_num_threads(max(1, int(cpus)))
     device = torch.device("cuda" if gpus > 0 else "cpu")
 
+    preprocessing = Preprocessing(mean=_per_channel(data.mean), std=_per_channel(data.std))
+    channels = (-1, *[1] * (len(data.input_shape) - 1))
+    mean = torch.tensor(preprocessing.mean).view(channels)
+    std = torch.tensor(preprocessing.std).view(channels)
+
     def samples(split: Split) -> Samples:
         return Samples(
-            inputs=((torch.tensor(split.inputs) - data.mean) / data.std).to(device),
-            targets={name: torch.tensor(split.targets[name]).to(device) for name in tasks.names},
+            inputs=((torch.tensor(split.inputs) - mean) / std).to(device),
+            targets={name: _as_labels(split.targets[name]).to(device) for name in tasks.names},
         )
 
     return Bench(
@@ -107,14 +117,28 @@ def make_bench(tasks: TaskSet, data: Dataset, *, cpus: float, gpus: float) -> Be
         train=samples(data.train),
         validation=samples(data.validation),
         test=samples(data.test),
-        preprocessing=Preprocessing(mean=(data.mean,), std=(data.std,)),
+        preprocessing=preprocessing,
         device=device,
         devices=gpus if gpus > 0 else cpus,
     )
 
 
+def _per_channel(values: float | tuple[float, ...]) -> tuple[float, ...]:
+    return values if isinstance(values, tuple) else (values,)
+
+
+def _as_labels(labels: NDArray[Any]) -> Tensor:
+    """As losses take them: whole numbers as int64, others as float32."""
+    return torch.tensor(
+        labels, dtype=torch.int64 if np.issubdtype(labels.dtype, np.integer) else torch.float32
+    )
+
+
 class Training:
     """One training, epoch by epoch; it can be saved after each and goes on exactly where it was.
+
+    On CUDA the losses are computed in bfloat16 where autocast does so; everything is measured in float32, as
+    the exported network computes. Networks for images hold their maps with the channels last.
 
     Args:
         assignment: What to train.
@@ -129,23 +153,21 @@ class Training:
         self.assignment = assignment
         self._bench = bench
         self._yardstick = yardstick
-        parameters = dict(assignment.candidate.parameters)
-        kind = BACKBONES[assignment.candidate.backbone]
-        shape = {
-            dim.name: parameters.pop(dim.name) for dim in backbone_dimensions(assignment.candidate.backbone)
-        }
-        recipe = {name: parameters.pop(name) for name in RECIPE_NAMES}
+        candidate = assignment.candidate
+        recipe = recipe_of(candidate)
+        self._lr, self._weight_decay = float(recipe["lr"]), float(recipe["weight_decay"])
+        self._batch_size = int(recipe["batch_size"])
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(assignment.seed)
-            self.network = build_network(
-                assignment.candidate.family,
-                backbone=kind(input_shape=bench.input_shape, **shape),
-                tasks=bench.tasks,
-                parameters=parameters,
-            ).to(bench.device)
-        self._batch_size = int(recipe["batch_size"])
-        groups = self.network.parameter_groups(float(recipe["lr"]), float(recipe["weight_decay"]))
-        self._optimizer = torch.optim.Adam(groups, fused=True)
+            network = build_candidate(candidate, bench.input_shape, bench.tasks)
+            self._balancer = build_balancer(str(recipe["balancing"]), bench.tasks).to(bench.device)
+        self._format = (
+            torch.channels_last
+            if isinstance(network.backbone, ImageBackbone) and len(bench.input_shape) == 3
+            else torch.contiguous_format
+        )
+        self.network = network.to(bench.device, memory_format=self._format)  # type: ignore[call-overload]
+        self._optimizer = self._fresh_optimizer()
         self._generator = torch.Generator().manual_seed(assignment.seed)
         self._recent: deque[Measurement] = deque(maxlen=MEASUREMENTS_KEPT)
         self.epoch = 0
@@ -163,55 +185,95 @@ class Training:
             Diverged: If the loss is not finite.
         """
         began = time.perf_counter()
+        device = self._bench.device
+        if self.network.begin_epoch(self.epoch, self.assignment.epochs):
+            self._optimizer = self._fresh_optimizer()
         self.network.train()
-        total = torch.zeros((), device=self._bench.device)
+        total = torch.zeros((), device=device)
         samples = self._bench.train
-        order = torch.randperm(len(samples.inputs), generator=self._generator).to(self._bench.device)
-        for index in torch.split(order, self._batch_size):
+        order = torch.randperm(len(samples.inputs), generator=self._generator).to(device)
+        for index in _batches(order, self._batch_size):
+            x = samples.inputs[index].contiguous(memory_format=self._format)
             targets = {name: samples.targets[name][index] for name in self._bench.tasks.names}
-            loss = self.network.training_loss(samples.inputs[index], targets, self._generator)
             self._optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+                losses = self.network.losses(x, targets, self._generator)
+            total += self._balancer.backward(losses, self.network, self._generator)
+            if self._format is torch.channels_last:
+                self._lay_out_gradients()
             self._optimizer.step()
-            total += loss.detach()
+        self._balancer.end_epoch()
         if not torch.isfinite(total):
             raise Diverged(f"the training loss is {float(total)} in epoch {self.epoch + 1}")
         self.epoch += 1
-        errors = evaluate(self.network, self._bench.validation, self._bench.tasks)
+        found = self.evaluate(self.network, self._bench.validation)
         self.device_seconds += (time.perf_counter() - began) * self._bench.devices
-        self._recent.append(self._measurement(errors))
+        self._recent.append(self._measurement(found))
         return self._recent[-1]
+
+    def conclude(self) -> StaticNetwork:
+        """Settle what is not learned by gradient, and give the network that the training has come to.
+
+        Raises:
+            Diverged: If a weight is not finite.
+        """
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
+            raise Diverged("the last steps left weights that are not finite")
+        inputs = self._bench.train.inputs
+        order = torch.arange(len(inputs), device=inputs.device)
+        self.network.settle(
+            inputs[index].contiguous(memory_format=self._format)
+            for index in _batches(order, self._batch_size)
+        )
+        # Measured as it is exported.
+        static: StaticNetwork = self.network.prune()
+        return static.to(memory_format=torch.contiguous_format)  # type: ignore[no-any-return, call-overload]
+
+    def evaluate(self, network: nn.Module, samples: Samples) -> TaskValues:
+        """Each task's metrics on a split.
+
+        Raises:
+            Diverged: If one is not finite.
+        """
+        found = evaluate(network, samples, self._bench.tasks)
+        for name, value in task_metrics(found).items():
+            if not math.isfinite(value):
+                raise Diverged(f"{name} is {value} after epoch {self.epoch}")
+        return found
 
     def finish(self, folder: Path) -> Ending:
         """Prune, measure the static network on validation and test, and write it to `folder`.
 
         Raises:
-            Diverged: If a weight is not finite.
+            Diverged: If a weight or a metric is not finite.
         """
         began = time.perf_counter()
         bench = self._bench
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.network.parameters()):
-            raise Diverged("the last steps left weights that are not finite")
-        network = self.network.prune()
-        validation = evaluate(network, bench.validation, bench.tasks)
-        test = evaluate(network, bench.test, bench.tasks)
+        network = self.conclude()
+        validation = self.evaluate(network, bench.validation)
+        test = evaluate(network, bench.test, bench.tasks)  # reported as it is: it decides nothing
         cost = count_cost(network, bench.input_shape)
         latency = measure_latency_ms(network, bench.input_shape, bench.device)
+        memory = measure_peak_memory_mb(network, bench.input_shape, bench.device)
         self.device_seconds += (time.perf_counter() - began) * bench.devices
         costs = {
             "macs": float(cost.macs),
             "params": float(cost.params),
             "latency_ms": latency,
+            "peak_memory_mb": memory,
             "train_device_seconds": self.device_seconds,
         }
         assert self._yardstick is not None  # candidates are always measured against one
         values = self._all_values(validation, self._yardstick.validation) | costs
-        test_values = self._all_values(test, self._yardstick.test) | costs
+        test_values = _finite(self._all_values(test, self._yardstick.test)) | costs
         candidate = self.assignment.candidate
         write_architecture(
             folder,
             network,
             family=candidate.family,
+            tasks=bench.tasks,
+            backbone=self.network.backbone,
+            grouping=self.network.grouping,
             preprocessing=bench.preprocessing,
             metadata={
                 "trial": self.assignment.trial_id,
@@ -227,11 +289,8 @@ class Training:
             values=dict(values),
             test=dict(test_values),
             tasks={
-                task.name: {
-                    "validation": {task.metric: validation[task.name]},
-                    "test": {task.metric: test[task.name]},
-                }
-                for task in bench.tasks
+                name: {"validation": dict(validation[name]), "test": _finite(test[name])}
+                for name in bench.tasks.names
             },
             grouping=None if grouping is None else grouping.names(bench.tasks),
             epochs=self.epoch,
@@ -245,6 +304,7 @@ class Training:
         It holds the latest measurements too, since a driver that dies may not have recorded them yet.
         """
         tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        tensors |= {f"balancer.{name}": value for name, value in self._balancer.state_dict().items()}
         state = self._optimizer.state_dict()
         for index, entry in state["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in entry.items()}
@@ -272,41 +332,64 @@ class Training:
         with safe_open(path, framework="pt", device=str(self._bench.device)) as file:
             about = json.loads(file.metadata()["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-        self.network.load_state_dict(_under("network.", tensors))
-        entries: dict[int, dict[str, Tensor]] = {}
-        for name, value in _under("optimizer.", tensors).items():
-            index, key = name.split(".", 1)
-            entries.setdefault(int(index), {})[key] = value
-        groups = self._optimizer.state_dict()["param_groups"]
-        self._optimizer.load_state_dict({"state": entries, "param_groups": groups})
+        self.network.restore(_under("network.", tensors))
+        self._balancer.load_state_dict(_under("balancer.", tensors))
+        self._optimizer = self._fresh_optimizer()
+        self._restore_optimizer(_under("optimizer.", tensors))
         self._generator.set_state(tensors["generator"].cpu())
         self.epoch = about["epoch"]
         self.device_seconds = about["device_seconds"]
         self._recent.extend(Measurement(**entry) for entry in about["measurements"])
         return list(self._recent)
 
-    def _measurement(self, errors: Mapping[str, float]) -> Measurement:
-        values = {} if self._yardstick is None else self._all_values(errors, self._yardstick.validation)
+    def _fresh_optimizer(self) -> torch.optim.Optimizer:
+        groups = self.network.parameter_groups(self._lr, self._weight_decay)
+        balancing = list(self._balancer.parameters())
+        if balancing:
+            groups.append({"params": balancing, "lr": self._lr, "weight_decay": 0.0})
+        return torch.optim.Adam(groups, fused=True)
+
+    def _restore_optimizer(self, state: Mapping[str, Tensor]) -> None:
+        parameters = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, value in state.items():
+            index, key = name.split(".", 1)
+            entries.setdefault(int(index), {})[key] = _laid_out_as(parameters[int(index)], value)
+        groups = self._optimizer.state_dict()["param_groups"]
+        self._optimizer.load_state_dict({"state": entries, "param_groups": groups})
+
+    def _lay_out_gradients(self) -> None:
+        """Give each gradient its parameter's strides: fused Adam goes through memory and asks for none."""
+        for group in self._optimizer.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.grad = _laid_out_as(parameter, parameter.grad)
+
+    def _measurement(self, found: TaskValues) -> Measurement:
+        values = {} if self._yardstick is None else self._all_values(found, self._yardstick.validation)
         return Measurement(
             epoch=self.epoch,
             values=dict(values),
-            tasks={task.name: {task.metric: errors[task.name]} for task in self._bench.tasks},
+            tasks=found,
             device_seconds=self.device_seconds,
             worker=worker_name(),
         )
 
-    def _all_values(
-        self, errors: Mapping[str, float], yardstick: Mapping[str, float]
-    ) -> dict[str, float | None]:
-        tasks = self._bench.tasks
-        return {**combined_metrics(errors, yardstick, tasks), **task_metrics(errors, tasks)}
+    def _all_values(self, found: TaskValues, yardstick: TaskValues) -> dict[str, float | None]:
+        return {**combined_metrics(found, yardstick, self._bench.tasks), **task_metrics(found)}
 
 
 @torch.no_grad()
-def evaluate(network: nn.Module, samples: Samples, tasks: TaskSet) -> dict[str, float]:
-    """Each task's metric on a split, in eval mode."""
+def evaluate(network: nn.Module, samples: Samples, tasks: TaskSet) -> dict[str, dict[str, float]]:
+    """Each task's metrics on a split, in eval mode."""
     network.eval()
-    return task_errors(network(samples.inputs), samples.targets, tasks)
+    evaluator = Evaluator(tasks)
+    size = max(1, EVALUATED_NUMBERS // samples.inputs[0].numel())
+    for start in range(0, len(samples.inputs), size):
+        batch = slice(start, start + size)
+        targets = {name: samples.targets[name][batch] for name in tasks.names}
+        evaluator.update(network(samples.inputs[batch]), targets)
+    return evaluator.compute()
 
 
 def train_reference(task: Task, candidate: Candidate, seed: int, epochs: int, bench: Bench) -> Reference:
@@ -325,10 +408,10 @@ def train_reference(task: Task, candidate: Candidate, seed: int, epochs: int, be
     )
     while not training.done:
         training.run_epoch()
-    network = training.network.prune()
+    network = training.conclude()
     return Reference(
-        validation={task.metric: evaluate(network, bench.validation, alone.tasks)[task.name]},
-        test={task.metric: evaluate(network, bench.test, alone.tasks)[task.name]},
+        validation=training.evaluate(network, bench.validation)[task.name],
+        test=evaluate(network, bench.test, alone.tasks)[task.name],
         device_seconds=training.device_seconds,
         latency_ms=measure_latency_ms(network, bench.input_shape, bench.device),
     )
@@ -342,6 +425,31 @@ def worker_name() -> str:
 def drop_checkpoint(folder: Path) -> None:
     """Delete a trial's checkpoint, if there is one."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
+    """None in place of what is no number: JSON has no word for it."""
+    return {
+        name: None if value is None or not math.isfinite(value) else value for name, value in values.items()
+    }
+
+
+def _batches(order: Tensor, size: int) -> Iterator[Tensor]:
+    """Cut an order of samples into batches; a single one left over joins those before it.
+
+    Batch norm has nothing to normalise by in a batch of one.
+    """
+    batches = list(torch.split(order, size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    yield from batches
+
+
+def _laid_out_as(parameter: Tensor, value: Tensor) -> Tensor:
+    """The value with the parameter's strides; one of another shape, such as a step count, is left alone."""
+    if value.shape != parameter.shape or value.stride() == parameter.stride():
+        return value
+    return torch.empty_like(parameter, dtype=value.dtype).copy_(value)
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from coterie.models.tasks import Task, TaskKind, TaskSet
+from coterie.models.tasks import KIND_METRICS, Task, TaskKind, TaskSet
 from coterie.search.data.base import Dataset
 from coterie.search.data.digits import Digits, DigitsOptions
 from coterie.search.objective import Yardstick
@@ -57,9 +57,12 @@ def digits() -> Dataset:
 @pytest.fixture(scope="session")
 def yardstick() -> Yardstick:
     """One that nothing was trained for."""
-    names = Digits.tasks().names
+
+    def each(value: float) -> dict[str, dict[str, float]]:
+        return {name: dict.fromkeys(KIND_METRICS[TaskKind.BINARY], value) for name in Digits.tasks().names}
+
     return Yardstick(
-        validation=dict.fromkeys(names, 0.2),
-        test=dict.fromkeys(names, 0.25),
-        costs={"macs": 1000.0, "params": 1000.0, "latency_ms": 0.1, "train_device_seconds": 1.0},
+        validation=each(0.2),
+        test=each(0.25),
+        costs={"latency_ms": 0.1, "train_device_seconds": 1.0} | dict.fromkeys(("macs", "params"), 1000.0),
     )

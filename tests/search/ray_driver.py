@@ -17,6 +17,7 @@ from typing import Any
 
 import ray
 
+from coterie.models.tasks import KIND_METRICS, TaskKind
 from coterie.search import runner
 from coterie.search.baselines import yardstick_keys
 from coterie.search.plan import Plan, make_plan
@@ -66,7 +67,8 @@ def plan_of(**fields: Any) -> Plan:
 
 def referenced(plan: Plan) -> Witness:
     """A store with references that nothing was trained for."""
-    reference = Reference(validation={"error": 0.2}, test={"error": 0.2}, device_seconds=0.0, latency_ms=0.1)
+    metrics = dict.fromkeys(KIND_METRICS[TaskKind.BINARY], 0.2)
+    reference = Reference(validation=metrics, test=metrics, device_seconds=0.0, latency_ms=0.1)
     store = Witness()
     store._memory.references.update(dict.fromkeys(yardstick_keys(plan), reference))
     return store

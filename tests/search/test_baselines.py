@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from coterie.models.tasks import TaskSet
+from coterie.models.tasks import KIND_METRICS, TaskKind, TaskSet
 from coterie.search.baselines import (
     YARDSTICK_SEEDS,
     make_reference_point,
@@ -36,8 +36,12 @@ def bench(digits: Dataset, plan: Plan) -> Bench:
 
 
 def reference(error: float, seconds: float = 1.0) -> Reference:
+    metrics = KIND_METRICS[TaskKind.BINARY]
     return Reference(
-        validation={"error": error}, test={"error": 2 * error}, device_seconds=seconds, latency_ms=error
+        validation=dict.fromkeys(metrics, error),
+        test=dict.fromkeys(metrics, 2 * error),
+        device_seconds=seconds,
+        latency_ms=error,
     )
 
 
@@ -57,6 +61,7 @@ def test_the_candidate_is_single_task_networks_of_default_width_and_recipe(make_
         "lr": 5e-3,
         "weight_decay": 1e-6,
         "batch_size": 64,
+        "balancing": "fixed",
     }
 
 
@@ -97,8 +102,10 @@ def test_the_yardstick_is_the_mean_over_the_seeds(plan: Plan) -> None:
     for name in plan.tasks.names:
         of_task = [error for key, error in errors.items() if key.task == name]
         assert len(of_task) == 3
-        assert yardstick.validation[name] == pytest.approx(sum(of_task) / 3)
-        assert yardstick.test[name] == pytest.approx(2 * sum(of_task) / 3)
+        assert set(yardstick.validation[name]) == set(KIND_METRICS[TaskKind.BINARY])
+        for metric, value in yardstick.validation[name].items():
+            assert value == pytest.approx(sum(of_task) / 3)
+            assert yardstick.test[name][metric] == pytest.approx(2 * sum(of_task) / 3)
 
 
 def test_its_costs_are_those_of_one_whole_set_of_networks(plan: Plan) -> None:
@@ -159,6 +166,7 @@ OBJECTIVES = [
     ["delta_m", "macs"],
     ["params", "total_error", "normalized_gain"],
     ["task.left_loop.error", "latency_ms", "train_device_seconds"],
+    ["task.left_loop.accuracy", "task.right_loop.auc", "peak_memory_mb"],
 ]
 
 
@@ -176,6 +184,9 @@ def test_the_reference_point_is_the_worst_that_counts(
         "params": 1.1 * largest["params"],
         "total_error": 600.0,
         "task.left_loop.error": 1.0,
+        "task.left_loop.accuracy": 0.0,
+        "task.right_loop.auc": 0.0,
+        "peak_memory_mb": 1.1 * largest["peak_memory_mb"],
         "latency_ms": 10 * yardstick.costs["latency_ms"],
         "train_device_seconds": 10 * yardstick.costs["train_device_seconds"],
     }

@@ -7,6 +7,7 @@ import pytest
 
 from coterie.models.backbones import BACKBONES
 from coterie.models.families import FAMILIES
+from coterie.models.tasks import KIND_METRICS, TaskKind
 from coterie.search import catalogue
 from coterie.search.data.digits import Digits
 from coterie.search.data.registry import sources
@@ -48,6 +49,12 @@ def test_a_source_shows_its_tasks_with_metric_and_direction() -> None:
         "kind": "binary",
         "metric": "error",
         "direction": "minimize",
+        "metrics": [
+            {"name": "error", "direction": "minimize", "unit": "1"},
+            {"name": "accuracy", "direction": "maximize", "unit": "1"},
+            {"name": "auc", "direction": "maximize", "unit": "1"},
+            {"name": "f1", "direction": "maximize", "unit": "1"},
+        ],
     }
     assert digits["schema"]["properties"]["samples"]["minimum"] == 50
 
@@ -55,9 +62,11 @@ def test_a_source_shows_its_tasks_with_metric_and_direction() -> None:
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_what_a_family_shows_can_be_asked_for(family: str, make_job: Callable[..., JobSpec]) -> None:
     [entry] = [entry for entry in catalogue.families() if entry["name"] == family]
-    space = {
-        name: field["default"] for name, field in entry["schema"]["properties"].items() if name != "grouping"
-    }
+    space = {}
+    for name, field in entry["schema"]["properties"].items():
+        [shown] = [form for form in field.get("anyOf", [field]) if "mlp" in form.get("title", "mlp")]
+        if name != "grouping":
+            space[name] = shown["default"]
     make_plan(make_job(search={"families": [family], "space": {family: space}}))
 
 
@@ -72,4 +81,5 @@ def test_a_grouping_can_be_asked_for_in_the_form_that_is_shown(make_job: Callabl
 def test_planned_metrics_are_not_shown_and_every_task_has_its_own() -> None:
     assert not PLANNED & set(METRICS)
     own = set(metric_directions(Digits.tasks())) - set(METRICS)
-    assert own == {f"task.{name}.error" for name in Digits.tasks().names}
+    metrics = KIND_METRICS[TaskKind.BINARY]
+    assert own == {f"task.{name}.{metric}" for name in Digits.tasks().names for metric in metrics}

@@ -5,18 +5,17 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from coterie.models.backbones import BACKBONES
-from coterie.models.cost import count_cost
-from coterie.models.families import build_network
+from coterie.models.cost import count_cost, measure_peak_memory_mb
 from coterie.models.tasks import Direction
 from coterie.search.data.digits import Digits
 from coterie.search.objective import METRICS
 from coterie.search.plan import Plan, SpecError, escape, make_plan
-from coterie.search.space import RECIPE, Choices, Dimension, Value, backbone_dimensions
-from coterie.search.spec import JobSpec
+from coterie.search.space import GROUPING_FAMILIES, Choices, Dimension, Value, build_candidate
+from coterie.search.spec import EVERY_FAMILY, JobSpec
 
 MakeJob = Callable[..., JobSpec]
 TASKS = Digits.tasks().names
@@ -34,8 +33,13 @@ def test_a_plan_fills_in_what_the_job_leaves_open(make_job: MakeJob) -> None:
     assert plan.tasks.names == TASKS
     assert plan.input_shape == (12, 12)
     assert plan.objectives == (("delta_m", Direction.MAXIMIZE), ("macs", Direction.MINIMIZE))
-    assert plan.space.families == ("single", "shared", "grouped", "dmtg")
+    assert plan.space.families == EVERY_FAMILY
     assert plan.space.backbones == ("mlp",)
+
+
+def test_one_task_is_searched_with_the_families_that_form_no_groups(make_job: MakeJob) -> None:
+    plan = make_plan(make_job(tasks=["left_loop"]))
+    assert plan.space.families == tuple(f for f in EVERY_FAMILY if f not in GROUPING_FAMILIES)
 
 
 def test_tasks_keep_the_jobs_order_and_weights(make_job: MakeJob) -> None:
@@ -50,7 +54,7 @@ def test_an_objective_takes_its_metrics_own_direction(make_job: MakeJob) -> None
     assert plan.objectives == tuple(zip(names, expected, strict=True))
 
 
-@pytest.mark.parametrize("metric", [*METRICS, "task.right_parity.error"])
+@pytest.mark.parametrize("metric", [*METRICS, "task.right_parity.error", "task.left_loop.auc"])
 def test_every_metric_can_be_objective_and_constraint(metric: str, make_job: MakeJob) -> None:
     make_plan(make_job(objectives=[{"metric": metric}], constraints=[{"metric": metric, "max": 1}]))
 
@@ -97,9 +101,9 @@ def test_every_metric_can_be_objective_and_constraint(metric: str, make_job: Mak
         ),
         ({"constraints": [{"metric": "flops", "max": 1}]}, "/constraints/0/metric", "'flops' is no metric"),
         (
-            {"constraints": [{"metric": "peak_memory_mb", "max": 1}]},
+            {"constraints": [{"metric": "delta_m_own_width", "max": 1}]},
             "/constraints/0/metric",
-            "'peak_memory_mb' is not implemented yet",
+            "'delta_m_own_width' is not implemented yet",
         ),
         (
             {"tasks": ["left_loop", "right_loop"], "objectives": [{"metric": "task.left_parity.error"}]},
@@ -111,7 +115,21 @@ def test_every_metric_can_be_objective_and_constraint(metric: str, make_job: Mak
             "/objectives/1/direction",
             "the direction of 'delta_m' must be maximize",
         ),
-        ({"tasks": ["left_loop"]}, "/search/families", "needs at least two tasks, found 1"),
+        (
+            {"tasks": ["left_loop"], "search": {"families": ["shared", "dmtg"]}},
+            "/search/families",
+            "needs at least two tasks, found 1",
+        ),
+        (
+            {"search": {"families": ["shared"], "backbones": ["mlp", "resnet18"]}},
+            "/search/backbones/1",
+            "sides of at least 16",
+        ),
+        (
+            {"search": {"families": ["etr_nlp"], "space": {"etr_nlp": {"width": 8, "gamma": 0.5}}}},
+            "/search/space/etr_nlp/width",
+            "at least",
+        ),
         (
             {"search": {"families": ["shared"], "space": {"dmtg": {"tau": 2}}}},
             "/search/space/dmtg",
@@ -178,23 +196,12 @@ def test_the_data_has_one_name_however_the_job_looks(make_job: MakeJob) -> None:
     assert len({plain, name(dataset=options(seed=1)), name(dataset=options(samples=4001))}) == 3
 
 
-def macs_and_params(plan: Plan, choose: Callable[[str, Dimension], Value]) -> tuple[int, int]:
-    candidate = plan.space.walk(choose)
-    parameters = dict(candidate.parameters)
-    shape = {
-        dimension.name: parameters.pop(dimension.name)
-        for dimension in backbone_dimensions(candidate.backbone)
-    }
-    network = build_network(
-        candidate.family,
-        backbone=BACKBONES[candidate.backbone](input_shape=plan.input_shape, **shape),
-        tasks=plan.tasks,
-        parameters={
-            name: value for name, value in parameters.items() if name not in {part.name for part in RECIPE}
-        },
-    )
-    cost = count_cost(network.prune(), plan.input_shape)
-    return cost.macs, cost.params
+def sizes(plan: Plan, choose: Callable[[str, Dimension], Value]) -> dict[str, float]:
+    """macs, params and peak memory of a candidate, with gates and groups as they start."""
+    network = build_candidate(plan.space.walk(choose), plan.input_shape, plan.tasks).prune()
+    cost = count_cost(network, plan.input_shape)
+    memory = measure_peak_memory_mb(network, plan.input_shape, torch.device("cpu"))
+    return {"macs": cost.macs, "params": cost.params, "peak_memory_mb": memory}
 
 
 @pytest.mark.parametrize(
@@ -206,8 +213,11 @@ def macs_and_params(plan: Plan, choose: Callable[[str, Dimension], Value]) -> tu
             "space": {"shared": {"width": [8, 12]}, "dmtg": {"width": 16, "depth": 2}},
         },
         {"families": ["shared"], "space": {"shared": {"depth": 1}}},
+        {"families": ["interrogate"], "space": {"interrogate": {"width": [8, 96], "gate_start": [0, 0.5]}}},
+        {"families": ["etr_nlp"], "space": {"etr_nlp": {"own_width": ["split", "full"]}}},
+        {"families": ["dmtg+interrogate"]},
     ],
-    ids=["whole", "narrowed", "shared"],
+    ids=["whole", "narrowed", "shared", *("gated", "routed", "both")],
 )
 @given(data=st.data())
 @settings(max_examples=12)
@@ -223,17 +233,18 @@ def test_no_candidate_costs_more_than_the_largest(
         low, high = int(domain.low), int(domain.high)
         return data.draw(st.integers(low, high) if domain.integer else st.just(dimension.default), label=name)
 
-    largest = plan.largest_cost()
-    macs, params = macs_and_params(plan, choose)
-    assert macs <= largest["macs"]
-    assert params <= largest["params"]
+    found, largest = sizes(plan, choose), plan.largest_cost()
+    assert found.keys() == largest.keys()
+    assert all(found[name] <= largest[name] for name in found)
 
 
 def test_the_largest_cost_is_reached_by_the_largest_single_task_networks(make_job: MakeJob) -> None:
-    plan = make_plan(make_job())
+    plan = make_plan(make_job(search={"families": ["single", "shared", "dmtg"]}))
     largest: dict[str, Value] = {"family": "single", "single.mlp.width": 96, "single.mlp.depth": 3}
-    macs, params = macs_and_params(plan, lambda name, dimension: largest.get(name, dimension.default))
-    assert plan.largest_cost() == {"macs": macs, "params": params}
+    found = sizes(plan, lambda name, dimension: largest.get(name, dimension.default))
+    assert {name: plan.largest_cost()[name] for name in ("macs", "params")} == {
+        name: found[name] for name in ("macs", "params")
+    }
 
 
 def test_a_plan_is_made_of_the_stored_job_as_it_was(make_job: MakeJob) -> None:

@@ -11,11 +11,11 @@ from coterie.models.tasks import Direction, TaskSet
 from coterie.search.front import feasible
 from coterie.search.sampler import OptunaSampler, derive_seed
 from coterie.search.space import Space, make_space
-from coterie.search.spec import ConstraintSpec
+from coterie.search.spec import EVERY_FAMILY, ConstraintSpec
 from coterie.search.store import Candidate, Ending, Trial, TrialState
 
 OBJECTIVES = [("delta_m", Direction.MAXIMIZE), ("macs", Direction.MINIMIZE)]
-ALL = ["single", "shared", "grouped", "dmtg"]
+ALL = list(EVERY_FAMILY)
 POPULATION = 50  # of Optuna's NSGA-II
 
 # Optuna's own products of nearly singular matrices; nothing of ours.
@@ -53,7 +53,7 @@ class Search:
         constraints: Sequence[ConstraintSpec] = (),
         seed: int = 0,
     ) -> None:
-        self.space: Space = make_space(families, ["mlp"], tasks, {})
+        self.space: Space = make_space(families, ["mlp"], tasks, (12, 12), {})
         self._settings = (name, self.space, objectives, constraints, seed)
 
     def sampler(self, told: Iterable[Trial] = ()) -> OptunaSampler:
@@ -177,18 +177,19 @@ def test_trials_may_run_side_by_side_and_end_in_any_order(name: str, tasks: Task
 @pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
 def test_another_seed_asks_for_other_candidates_after_the_defaults(name: str, tasks: TaskSet) -> None:
     one, other = (
-        [trial.candidate for trial in search.run(range(6), search.sampler())]
+        [trial.candidate for trial in search.run(range(10), search.sampler())]
         for search in (Search(tasks, name, seed=1), Search(tasks, name, seed=2))
     )
-    assert one[:3] == other[:3]
-    assert one[3:] != other[3:]
+    assert one[:7] == other[:7]
+    assert one[7:] != other[7:]
 
 
 def test_the_default_candidates_of_single_shared_and_dmtg_come_first(tasks: TaskSet) -> None:
     search = Search(tasks, "tpe", ["dmtg", "grouped", "single", "shared"])
     first = [trial.candidate for trial in search.run(range(4), search.sampler())]
     assert [candidate.family for candidate in first[:3]] == ["dmtg", "single", "shared"]
-    recipe = {"lr": 5e-3, "weight_decay": 1e-6, "batch_size": 64, "width": 24, "depth": 2}
+    recipe = {"lr": 5e-3, "weight_decay": 1e-6, "batch_size": 64, "balancing": "fixed"}
+    recipe |= {"width": 24, "depth": 2}
     assert first[1] == Candidate(family="single", backbone="mlp", parameters=recipe)
     assert first[2] == Candidate(family="shared", backbone="mlp", parameters=recipe)
     assert {**first[0].parameters, **recipe} == first[0].parameters

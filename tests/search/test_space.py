@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -12,9 +13,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from coterie.models.backbones import BACKBONES
-from coterie.models.families import FAMILIES, build_network
+from coterie.models.families import FAMILIES
 from coterie.models.tasks import Task, TaskKind, TaskSet
 from coterie.search.space import (
+    GROUPING_FAMILIES,
     RECIPE,
     Choices,
     Choose,
@@ -24,17 +26,26 @@ from coterie.search.space import (
     SpaceError,
     Value,
     backbone_dimensions,
+    build_candidate,
     default_of,
     dimensions,
     family_dimensions,
     json_schema,
     make_space,
 )
-from coterie.search.spec import Domain, Interval
+from coterie.search.spec import EVERY_FAMILY, Domain, Interval
 from coterie.search.store import Candidate
 
-EVERY = ["single", "shared", "grouped", "dmtg"]
+EVERY = list(EVERY_FAMILY)
+GROUPED = sorted(GROUPING_FAMILIES)
 INPUT_SHAPE = (3, 4)
+BOUND = {"groups", "split", "depth", "gamma"}  # what they may be depends on other dimensions
+FIXED_RECIPE: dict[str, Domain] = {
+    "lr": 1e-3,
+    "weight_decay": 1e-6,
+    "batch_size": 32,
+    "balancing": "fixed",
+}
 STIRLING = {  # numbers of partitions of T tasks into K groups (OEIS A008277)
     2: {2: 1},
     3: {2: 3, 3: 1},
@@ -52,7 +63,7 @@ def tasks_of(number: int) -> TaskSet:
 
 
 def space(families: list[str], wanted: Wanted | None = None, tasks: int = 4) -> Space:
-    return make_space(families, ["mlp"], tasks_of(tasks), wanted or {})
+    return make_space(families, ["mlp"], tasks_of(tasks), INPUT_SHAPE, wanted or {})
 
 
 def drawn(data: st.DataObject) -> Choose:
@@ -112,18 +123,6 @@ class _Counter:
         return [*indices[:-1], indices[-1] + 1] if indices else []
 
 
-def build(candidate: Candidate, tasks: TaskSet) -> torch.nn.Module:
-    parameters = dict(candidate.parameters)
-    shape = {
-        dimension.name: parameters.pop(dimension.name)
-        for dimension in backbone_dimensions(candidate.backbone)
-    }
-    for dimension in RECIPE:
-        parameters.pop(dimension.name)
-    backbone = BACKBONES[candidate.backbone](input_shape=INPUT_SHAPE, **shape)
-    return build_network(candidate.family, backbone=backbone, tasks=tasks, parameters=parameters)
-
-
 @given(
     data=st.data(),
     tasks=st.integers(2, 10),
@@ -132,7 +131,7 @@ def build(candidate: Candidate, tasks: TaskSet) -> torch.nn.Module:
 def test_whatever_is_drawn_can_be_built(data: st.DataObject, tasks: int, families: list[str]) -> None:
     candidate = space(families, tasks=tasks).walk(drawn(data))
     assert candidate.family in families
-    outputs = build(candidate, tasks_of(tasks))(torch.zeros(2, *INPUT_SHAPE))
+    outputs = build_candidate(candidate, INPUT_SHAPE, tasks_of(tasks))(torch.zeros(2, *INPUT_SHAPE))
     assert set(outputs) == set(tasks_of(tasks).names)
 
 
@@ -157,7 +156,7 @@ def test_a_candidate_is_made_of_what_the_catalogue_shows(
     data: st.DataObject, tasks: int, groups: int
 ) -> None:
     candidate = space(EVERY, tasks=tasks).walk(drawn(data))
-    schema = json_schema(candidate.family, candidate.backbone, tasks)
+    schema = json_schema(candidate.family, [candidate.backbone], tasks)
     shown = set(schema["properties"])
     if candidate.family == "grouped":
         shown.remove("groups")  # it decides the grouping, and is told by it
@@ -176,7 +175,7 @@ def allowed(field: Mapping[str, Any], value: object) -> bool:
 
 @pytest.mark.parametrize("tasks", sorted(STIRLING))
 def test_the_walk_meets_every_partition_exactly_once(tasks: int) -> None:
-    fixed = {"width": 8, "depth": 1, "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 32}
+    fixed = {**FIXED_RECIPE, "width": 8, "depth": 1}
     for groups, number in STIRLING[tasks].items():
         only_groupings = space(["grouped"], {"grouped": {**fixed, "groups": groups}}, tasks)
         walks = list(every_walk(only_groupings))
@@ -187,7 +186,7 @@ def test_the_walk_meets_every_partition_exactly_once(tasks: int) -> None:
 
 
 def test_the_groups_of_a_partition_are_open_where_the_job_leaves_them_open() -> None:
-    fixed = {"width": 8, "depth": 1, "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 32}
+    fixed = {**FIXED_RECIPE, "width": 8, "depth": 1}
     walks = every_walk(space(["grouped"], {"grouped": {**fixed, "groups": [2, 4]}}, tasks=4))
     assert Counter(len(candidate.parameters["grouping"]) for candidate in walks) == {2: 7, 4: 1}
 
@@ -203,7 +202,7 @@ def test_all_but_the_default_groups_are_at_most_eight() -> None:
 @given(data=st.data(), family=st.sampled_from(EVERY))
 def test_a_single_value_fixes_a_dimension(data: st.DataObject, family: str) -> None:
     known = dimensions(family, "mlp", 4)
-    name = data.draw(st.sampled_from(sorted(set(known) - {"groups", "split", "depth"})))
+    name = data.draw(st.sampled_from(sorted(set(known) - BOUND)))
     value = data.draw(values_in(known[name].domain))
     fixed = space([family], {family: {name: value}})
     assert fixed.walk(drawn(data)).parameters[name] == value
@@ -212,7 +211,7 @@ def test_a_single_value_fixes_a_dimension(data: st.DataObject, family: str) -> N
 @given(data=st.data(), family=st.sampled_from(EVERY))
 def test_a_list_leaves_its_values(data: st.DataObject, family: str) -> None:
     known = dimensions(family, "mlp", 4)
-    name = data.draw(st.sampled_from(sorted(set(known) - {"groups", "split", "depth"})))
+    name = data.draw(st.sampled_from(sorted(set(known) - BOUND)))
     values = data.draw(st.lists(values_in(known[name].domain), min_size=1, max_size=4))
     narrowed = space([family], {family: {name: list(values)}})
     assert narrowed.walk(drawn(data)).parameters[name] in values
@@ -222,7 +221,7 @@ def test_a_list_leaves_its_values(data: st.DataObject, family: str) -> None:
 def test_a_range_bounds_a_number_and_keeps_its_scale(data: st.DataObject, family: str) -> None:
     known = dimensions(family, "mlp", 4)
     name = data.draw(
-        st.sampled_from([n for n, d in known.items() if isinstance(d.domain, Range) and n != "split"])
+        st.sampled_from([n for n, d in known.items() if isinstance(d.domain, Range) and not d.domain.integer])
     )
     domain = known[name].domain
     assert isinstance(domain, Range)
@@ -245,7 +244,8 @@ def test_the_default_candidate_stays_inside_what_the_job_allows(data: st.DataObj
             wanted[name] = data.draw(st.lists(values_in(domain), min_size=1, max_size=3))
     depths, splits = wanted.get("depth", (1, 2, 3)), wanted.get("split", (0,))
     least = int(splits.low) if isinstance(splits, Interval) else min(splits)
-    assume(family in ("single", "shared") or least < max(depths))
+    assume(family not in GROUPING_FAMILIES or least < max(depths))
+    assume(family != "etr_nlp" or min(wanted.get("width", (48,))) >= 48)  # each task has its channel
     narrowed = space([family], {family: wanted}, tasks=5)
     for default in narrowed.defaults():
         candidate = narrowed.walk(recall(default))
@@ -254,13 +254,13 @@ def test_the_default_candidate_stays_inside_what_the_job_allows(data: st.DataObj
             value = candidate.parameters[name]
             inside = values.low <= value <= values.high if isinstance(values, Interval) else value in values
             assert inside, name
-        build(candidate, tasks_of(5))
+        build_candidate(candidate, INPUT_SHAPE, tasks_of(5))
 
 
 def test_defaults_are_the_declared_ones_where_nothing_is_narrowed() -> None:
     whole = space(EVERY)
     found = [whole.walk(recall(choices)) for choices in whole.defaults()]
-    assert [candidate.family for candidate in found] == ["single", "shared", "dmtg"]
+    assert [candidate.family for candidate in found] == [family for family in EVERY if family != "grouped"]
     for candidate in found:
         known = dimensions(candidate.family, "mlp", 4)
         assert candidate.parameters == {name: dimension.default for name, dimension in known.items()}
@@ -277,7 +277,7 @@ def test_a_default_outside_is_replaced_by_the_middle() -> None:
     assert default(Range(50, 200)) == 100
 
 
-@given(data=st.data(), family=st.sampled_from(["grouped", "dmtg"]), tasks=st.integers(2, 5))
+@given(data=st.data(), family=st.sampled_from(GROUPED), tasks=st.integers(2, 5))
 @settings(max_examples=100)
 def test_at_least_one_unit_always_follows_the_split(data: st.DataObject, family: str, tasks: int) -> None:
     wanted: dict[str, Any] = {}
@@ -289,7 +289,7 @@ def test_at_least_one_unit_always_follows_the_split(data: st.DataObject, family:
     if not possible:
         with pytest.raises(SpaceError, match="split must be less than depth, so at most") as found:
             space([family], {family: wanted}, tasks)
-        assert found.value.path == (family, "split")
+        assert found.value.path == ("space", family, "split")
         return
     candidate = space([family], {family: wanted}, tasks).walk(drawn(data))
     assert candidate.parameters["split"] < candidate.parameters["depth"]
@@ -298,9 +298,9 @@ def test_at_least_one_unit_always_follows_the_split(data: st.DataObject, family:
 
 
 def test_a_deep_split_leaves_only_depths_beyond_it() -> None:
-    depths = {candidate.parameters["depth"] for candidate in every_walk(space(["grouped"], {"grouped": {
-        "width": 8, "lr": 1e-3, "weight_decay": 1e-6, "batch_size": 32, "groups": 2, "split": 1,
-    }}, tasks=2))}  # fmt: skip
+    wanted = {**FIXED_RECIPE, "width": 8, "groups": 2, "split": 1}
+    walks = every_walk(space(["grouped"], {"grouped": wanted}, tasks=2))
+    depths = {candidate.parameters["depth"] for candidate in walks}
     assert depths == {2, 3}
 
 
@@ -315,7 +315,7 @@ def test_a_whole_number_may_be_written_with_a_point(
 ) -> None:
     candidate = space(["dmtg"], {"dmtg": {name: value, "depth": [2, 3]}}).walk(drawn(data))
     assert type(candidate.parameters[name]) is kind
-    build(candidate, tasks_of(4))
+    build_candidate(candidate, INPUT_SHAPE, tasks_of(4))
 
 
 @pytest.mark.parametrize(
@@ -361,7 +361,7 @@ def test_what_a_family_does_not_have_is_refused_at_its_place(
 ) -> None:
     with pytest.raises(SpaceError) as found:
         space([family], {family: wanted})
-    assert found.value.path == path
+    assert found.value.path == ("space", *path)
 
 
 def test_the_message_names_rule_and_values() -> None:
@@ -378,14 +378,22 @@ def test_the_message_names_rule_and_values() -> None:
 def test_narrowing_a_family_that_the_job_leaves_out_is_refused() -> None:
     with pytest.raises(SpaceError, match="'dmtg' is not among the job's families") as found:
         space(["shared"], {"dmtg": {"tau": 2}})
-    assert found.value.path == ("dmtg",)
+    assert found.value.path == ("space", "dmtg")
 
 
-@pytest.mark.parametrize("family", ["grouped", "dmtg"])
+@pytest.mark.parametrize("family", GROUPED)
 def test_one_task_has_nothing_to_group(family: str) -> None:
-    with pytest.raises(SpaceError, match=f"'{family}' needs at least two tasks, found 1"):
+    with pytest.raises(SpaceError, match=re.escape(f"'{family}' needs at least two tasks, found 1")):
         space([family], tasks=1)
-    assert space(["single", "shared"], tasks=1).families == ("single", "shared")
+
+
+@pytest.mark.parametrize("family", sorted(set(EVERY) - GROUPING_FAMILIES))
+@given(data=st.data())
+@settings(max_examples=5)
+def test_the_other_families_take_one_task(family: str, data: st.DataObject) -> None:
+    candidate = space([family], tasks=1).walk(drawn(data))
+    assert candidate.parameters["balancing"] == "fixed"
+    build_candidate(candidate, INPUT_SHAPE, tasks_of(1))
 
 
 # Given groupings
@@ -399,7 +407,7 @@ def test_given_groupings_are_the_only_ones_and_equal_ones_count_once(data: st.Da
     assert len(narrowed.groupings) == 2
     candidate = narrowed.walk(drawn(data))
     assert candidate.parameters["grouping"] in ([["a", "b"], ["c", "d"]], [["a", "b", "c"], ["d"]])
-    build(candidate, tasks_of(4))
+    build_candidate(candidate, INPUT_SHAPE, tasks_of(4))
 
 
 @pytest.mark.parametrize("grouping", [GIVEN[0], GIVEN[:1]], ids=["alone", "in a list"])
@@ -422,12 +430,14 @@ def test_a_single_given_grouping_is_no_choice(data: st.DataObject, grouping: Any
 
 @pytest.mark.parametrize("family", EVERY)
 def test_the_schema_allows_what_can_be_asked_for_and_no_more(family: str) -> None:
-    schema = json_schema(family, "mlp", 4)
+    schema = json_schema(family, ["mlp"], 4)
     for name, field in schema["properties"].items():
         if name == "grouping":
             continue
         candidates = field.get("enum") or [field["minimum"], field["maximum"], field["default"]]
-        for value in [*candidates, min(candidates) - 0.5, max(candidates) + 1, -1, math.pi, 10**30, "x"]:
+        numbers = [value for value in candidates if not isinstance(value, str)]
+        outside = [min(numbers) - 0.5, max(numbers) + 1] if numbers else []
+        for value in [*candidates, *outside, -1, math.pi, 10**30, "x"]:
             try:
                 space([family], {family: {name: value, **({"depth": 3} if name == "split" else {})}})
             except SpaceError:
@@ -436,11 +446,11 @@ def test_the_schema_allows_what_can_be_asked_for_and_no_more(family: str) -> Non
                 assert allowed(field, value), (name, value)
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", EVERY)
 def test_every_family_and_backbone_is_in_the_space_with_words_for_its_dimensions(family: str) -> None:
-    for backbone in BACKBONES:
+    assert set(EVERY) == set(FAMILIES)
+    for backbone, kind in BACKBONES.items():
         known = dimensions(family, backbone, 4)
-        assert {"lr", "weight_decay", "batch_size", "width", "depth"} <= set(known)
         assert set(known) == {
             dimension.name
             for dimension in (
@@ -449,6 +459,98 @@ def test_every_family_and_backbone_is_in_the_space_with_words_for_its_dimensions
                 *family_dimensions(family, backbone, 4),
             )
         }
-        assert all(dimension.description for dimension in known.values())
-        assert known["width"].default == BACKBONES[backbone].default_width
-        assert known["depth"].default == BACKBONES[backbone].default_depth
+        assert {name: known[name].default for name in kind.choices} == dict(kind.defaults)
+        for dimension in known.values():
+            assert dimension.description.endswith(".")
+            assert default_of(dimension) == default_of(dimension.unnamed) == dimension.default
+
+
+def test_a_schema_for_several_backbones_shows_what_differs_for_each() -> None:
+    shown = json_schema("grouped", ["mlp", "cnn", "vit_tiny", "vit_small"], 4)["properties"]
+    assert shown["lr"] == json_schema("grouped", ["mlp"], 4)["properties"]["lr"]
+    forms = {form["title"]: form for form in shown["split"]["anyOf"]}
+    assert {title: form["maximum"] for title, form in forms.items()} == {
+        "mlp": 2,
+        "cnn": 1,
+        "vit_tiny, vit_small": 12,
+    }
+    assert [form["title"] for form in shown["depth"]["anyOf"]] == ["mlp"]
+
+
+# What goes together
+
+
+def dense_task() -> TaskSet:
+    return TaskSet([Task(name="seen", kind=TaskKind.BINARY), Task(name="far", kind=TaskKind.DEPTH)])
+
+
+@pytest.mark.parametrize("family", EVERY)
+@given(data=st.data())
+@settings(max_examples=4)
+def test_whatever_is_drawn_for_images_can_be_built(family: str, data: st.DataObject) -> None:
+    shape = (3, 8, 8)
+    images = make_space([family], ["cnn"], dense_task(), shape, {family: {"width": [0.125, 0.25]}})
+    network = build_candidate(images.walk(drawn(data)), shape, dense_task()).eval()
+    with torch.no_grad():
+        outputs = network(torch.zeros(2, *shape))
+    assert {name: tuple(output.shape) for name, output in outputs.items()} == {"seen": (2,), "far": (2, 8, 8)}
+
+
+@pytest.mark.parametrize(
+    ("backbones", "tasks", "shape", "path", "message"),
+    [
+        (["mlp"], dense_task(), (3, 8, 8), ("backbones", 0), "'mlp' gives a vector"),
+        (["mlp", "cnn"], tasks_of(2), (12,), ("backbones", 1), "input_shape: of 'cnn' must be"),
+        (["cnn", "resnet18"], tasks_of(2), (3, 8, 8), ("backbones", 1), "sides of at least 16"),
+    ],
+)
+def test_a_backbone_that_does_not_suit_input_or_tasks_is_refused(
+    backbones: list[str], tasks: TaskSet, shape: tuple[int, ...], path: tuple[str | int, ...], message: str
+) -> None:
+    with pytest.raises(SpaceError, match=message) as found:
+        make_space(["shared"], backbones, tasks, shape, {})
+    assert found.value.path == path
+
+
+def test_a_split_past_the_last_unit_of_an_image_backbone_is_refused() -> None:
+    with pytest.raises(SpaceError, match="from 0 to 1") as found:
+        make_space(["dmtg"], ["cnn"], tasks_of(2), (3, 8, 8), {"dmtg": {"split": 2}})
+    assert found.value.path == ("space", "dmtg", "split")
+
+
+def routed_widths(**wanted: Domain) -> dict[Value, set[Value]]:
+    """Which values of gamma are met at each width, with 10 tasks."""
+    found: dict[Value, set[Value]] = {}
+    wanted = {**FIXED_RECIPE, "depth": 1, **wanted}
+    for candidate in every_walk(space(["etr_nlp"], {"etr_nlp": wanted}, tasks=10)):
+        found.setdefault(candidate.parameters["width"], set()).add(candidate.parameters["gamma"])
+    return found
+
+
+def test_a_width_is_tried_only_at_shares_that_leave_each_task_a_channel() -> None:
+    for width, gammas in routed_widths().items():
+        assert gammas == {
+            gamma for gamma in (0.25, 0.5, 0.75, 1.0) if gamma == 1 or width - round(gamma * width) >= 10
+        }
+    assert routed_widths(gamma=0.5).keys() == {24, 32, 48, 64, 96}
+
+
+def test_a_width_that_leaves_a_task_no_channel_is_refused_where_the_job_names_it() -> None:
+    with pytest.raises(SpaceError, match="width: must give each layer at least") as found:
+        routed_widths(width=[12, 48], gamma=0.5)
+    assert found.value.path == ("space", "etr_nlp", "width")
+    with pytest.raises(SpaceError, match="'gamma' must be among") as found:
+        routed_widths(gamma=0)
+    assert found.value.path == ("space", "etr_nlp", "gamma")
+
+
+def test_names_stand_for_what_the_families_take() -> None:
+    narrowed = space(["etr_nlp", "dmtg"], {"etr_nlp": {"primitives": "random"}})
+    for choices in narrowed.defaults():
+        build_candidate(narrowed.walk(recall(choices)), INPUT_SHAPE, tasks_of(4))
+
+
+def test_what_a_user_rarely_varies_stays_at_its_default_until_a_job_names_it() -> None:
+    assert space(["dmtg"]).table["dmtg", "mlp"]["epsilon"].domain == Choices((0.0,))
+    named = space(["dmtg"], {"dmtg": {"epsilon": Interval(low=0, high=0.1)}})
+    assert named.table["dmtg", "mlp"]["epsilon"].domain == Range(0, 0.1)
