@@ -13,12 +13,12 @@ import json
 import sys
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from coterie.service import console
-from coterie.service.client import DEFAULT_URL, ApiError, Client, Job, Unreachable
+from coterie.service.client import DEFAULT_URL, ApiError, Client, Form, Job, Unreachable
 
 if TYPE_CHECKING:
     from coterie.service.config import Settings
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 JOB_FAILED = 1
 WRONG_USE = 2
 INTERRUPTED = 130
-WEIGHTS_SUFFIX = ".safetensors"
+SUFFIXES: dict[str, Form] = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "pt2"}
 
 app = typer.Typer(
     help="Search which tasks to learn together, and in which network.",
@@ -241,23 +241,27 @@ def export(
             "-o",
             "--output",
             metavar="FOLDER_OR_FILE",
-            help="A folder, for architecture and weights, or a .safetensors file, for the weights alone; "
-            "default a folder named after the trial.",
+            help="A folder, for architecture.json and weights.safetensors, or a file; default a folder, or "
+            "with --format a file, named after the trial.",
         ),
     ] = None,
-    format_: Annotated[
-        Literal["safetensors"], typer.Option("--format", help="Of the weights.")
-    ] = "safetensors",
+    form: Annotated[
+        Form | None,
+        typer.Option(
+            "--format",
+            help="Of the file: the weights alone (safetensors), or the whole network for ONNX or "
+            "torch.export (pt2); default by the file's ending.",
+        ),
+    ] = None,
     server: Server = DEFAULT_URL,
 ) -> None:
     """Download a trial's network."""
-    target = output or Path(trial)
+    wanted = form or (SUFFIXES.get(output.suffix) if output else None)
+    target = output or Path(f"{trial}.{form}" if form else trial)
     with _connect(server) as client:
         found = client.trial(trial)
         try:
-            written = (
-                found.download_weights(target) if target.suffix == WEIGHTS_SUFFIX else found.download(target)
-            )
+            written = found.download_model(target, wanted) if wanted else found.download(target)
         except OSError as error:
             _fail(f"{target}: {error.strerror}")
     typer.echo(str(written))

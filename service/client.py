@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 from urllib.parse import quote
 
 import httpx
@@ -34,6 +34,9 @@ PAGE_SIZE = 200
 ENDED = frozenset({"succeeded", "failed", "cancelled"})  # states in which a job stays
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "weights.safetensors"
+
+Form = Literal["safetensors", "onnx", "pt2"]
+CONVERSION_SECONDS = 600.0  # to wait for a form that the server has yet to make
 
 
 class ApiError(Exception):
@@ -75,6 +78,7 @@ class Client:
     def __init__(self, base_url: str = DEFAULT_URL, timeout: float = 30.0) -> None:
         url = _parse(base_url)
         self.base_url = str(url).rstrip("/")
+        self.timeout = timeout
         self._http = httpx.Client(
             base_url=self.base_url,
             timeout=timeout,
@@ -415,16 +419,26 @@ class Trial:
             The folder, for `coterie.models.export.load_architecture`.
         """
         folder = Path(folder)
-        self.download_weights(folder / WEIGHTS_FILE)
+        self.download_model(folder / WEIGHTS_FILE)
         with _replacing(folder / ARCHITECTURE_FILE) as file:
             file.write_text(json.dumps(self.architecture(), indent=2) + "\n", encoding="utf-8")
         return folder
 
-    def download_weights(self, path: str | Path) -> Path:
-        """Write the network's weights alone, in the format safetensors, to the file `path`."""
-        query = {"format": "safetensors"}
+    def download_model(self, path: str | Path, form: Form = "safetensors") -> Path:
+        """Write the network to the file `path`.
+
+        Args:
+            path: Where to; what stood there is replaced.
+            form: `safetensors` is the weights alone; `onnx` and `pt2` (`torch.export.load` reads it) are the
+                whole network on raw inputs.
+        """
         with (
-            self._client._answer("GET", _path("trials", self.id, "model"), params=query) as response,
+            self._client._answer(
+                "GET",
+                _path("trials", self.id, "model"),
+                params={"format": form},
+                timeout=max(self._client.timeout, CONVERSION_SECONDS),
+            ) as response,
             _replacing(Path(path)) as file,
             file.open("wb") as stream,
         ):
@@ -433,7 +447,7 @@ class Trial:
         return Path(path)
 
     def load(self) -> "nn.Module":
-        """Its network, in eval mode: [B, *input_shape] -> {task: [B]}."""
+        """Its network, in eval mode: raw inputs [B, *input_shape] -> {task: its outputs}."""
         from coterie.models.export import load_architecture  # here, as importing torch takes seconds
 
         with tempfile.TemporaryDirectory(prefix="coterie-") as folder:

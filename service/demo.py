@@ -21,9 +21,10 @@ from types import FrameType
 import yaml
 from rich.console import Console
 
+from coterie.models.backbones import MLP
 from coterie.models.cost import count_cost
-from coterie.models.static import GroupedNetwork
-from coterie.models.tasks import Grouping
+from coterie.models.families import Shared
+from coterie.models.tasks import Task, TaskKind, TaskSet
 from coterie.service.client import ApiError, Client, Document, Job, Trial, Unreachable
 from coterie.service.console import figure, mean_error, show_front, watch
 from coterie.service.ray_head import TOKEN_FILE, end_leftovers
@@ -186,15 +187,17 @@ def _is_grouping(trial: Trial) -> bool:
 
 def matching_width(candidate: Trial) -> int | None:
     """The least width of the backbone at which `shared` has at least the candidate's macs."""
-    network = candidate.load().get_submodule("network")
-    assert isinstance(network, GroupedNetwork)
-    for width in sorted(network.backbone.widths):
-        backbone = replace(network.backbone, width=width)
-        shared = GroupedNetwork(
-            backbone=backbone, tasks=network.tasks, grouping=Grouping.together(len(network.tasks))
-        )
-        if count_cost(shared, backbone.input_shape).macs >= _value(candidate, "macs"):
-            return width
+    architecture = candidate.architecture()
+    backbone = MLP.from_dict(architecture["backbone"])
+    tasks = TaskSet(
+        Task(name=task["name"], kind=TaskKind(task["kind"]), outputs=task["outputs"])
+        for task in architecture["tasks"]
+    )
+    for width in sorted(MLP.choices["width"]):
+        wider = replace(backbone, width=int(width))
+        shared = Shared(backbone=wider, tasks=tasks).prune()
+        if count_cost(shared, wider.input_shape).macs >= _value(candidate, "macs"):
+            return wider.width
     return None
 
 

@@ -16,6 +16,7 @@ from starlette.routing import Match
 from coterie.search.plan import Fault, SpecError, escape
 from coterie.service import schemas
 from coterie.service.body import LIMIT_POINTER, MalformedBody
+from coterie.service.conversion import ConversionFailed
 from coterie.service.cursors import InvalidQuery
 from coterie.service.fronts import NoneFits
 from coterie.service.routes.reading import BodyTooLarge, WrongContentType
@@ -51,6 +52,9 @@ KINDS: Mapping[type[Exception], Kind] = {
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wrong-content-type", "The body is not sent as JSON"
     ),
     SpecError: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-spec", "The job can't be run as specified"),
+    ConversionFailed: Kind(
+        HTTPStatus.INTERNAL_SERVER_ERROR, "conversion-failed", "The network can't be converted"
+    ),
     DatabaseUnavailable: Kind(
         HTTPStatus.SERVICE_UNAVAILABLE, "database-unavailable", "The database does not answer"
     ),

@@ -234,13 +234,22 @@ class CatalogueItem(Schema):
     schema_: dict[str, Any] = Field(alias="schema", description="JSON Schema of what can be set.")
 
 
+class TaskMetric(Schema):
+    """A metric of a task, an objective as `task.<task>.<name>`."""
+
+    name: str = Field(description="The metric.")
+    direction: Direction = Field(description="Which way it is better.")
+    unit: str = Field(description="Of its values; 1 where it has none.")
+
+
 class DatasetTask(Schema):
     """A task of a source."""
 
     name: str = Field(description="How a spec names it.")
     kind: TaskKind = Field(description="What it predicts.")
     metric: str = Field(description="What judges it.")
-    direction: Direction = Field(description="Which way the metric is better.")
+    direction: Direction = Field(description="Which way that metric is better.")
+    metrics: list[TaskMetric] = Field(description="Every metric that is measured of it.")
 
 
 class DatasetItem(CatalogueItem):

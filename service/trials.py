@@ -5,10 +5,13 @@ from pathlib import Path
 from coterie.search.store import FolderArtifacts, StoredFile, TrialState
 from coterie.service import schemas
 from coterie.service.context import Context
+from coterie.service.conversion import Form, convert
 from coterie.service.cursors import decode_cursor, encode_cursor
 from coterie.service.storage.repositories import JobRepository, NotFound, TrialRepository
 from coterie.service.views import metrics_of, trial_view
 
+ARCHITECTURE_FILE = "architecture.json"
+WEIGHTS_FILE = "weights.safetensors"
 _MEASUREMENTS = "measurements"
 
 
@@ -93,3 +96,15 @@ def find_file(context: Context, trial_id: str, name: str) -> tuple[Path, StoredF
     if not file.exists():
         raise NotFound(f"the file {name} of trial {trial_id} is gone from the server's disk")
     return file, StoredFile(**row.files[name])
+
+
+def convert_model(context: Context, trial_id: str, form: Form) -> Path:
+    """A completed trial's whole network in another form.
+
+    Raises:
+        NotFound: If there is no such trial, it has not completed, or its files are gone.
+        ConversionFailed: If it can't be made.
+    """
+    for name in (ARCHITECTURE_FILE, WEIGHTS_FILE):
+        file, _ = find_file(context, trial_id, name)
+    return convert(file.parent, form)

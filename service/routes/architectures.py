@@ -1,15 +1,15 @@
 """The network that a trial ended with: its description and its weights."""
 
+import hashlib
 from http import HTTPStatus
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from coterie.service import trials
-from coterie.service.context import Context
 from coterie.service.errors import problem_responses
 from coterie.service.routes.parameters import NO_QUERY, ContextOf, Parameters, TrialId
 
@@ -21,17 +21,14 @@ _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {
 _MODEL_TYPE = "application/octet-stream"
 
 
-def _refuse_planned(value: object) -> object:
-    if value in ("onnx", "pt2"):
-        raise PydanticCustomError("not_implemented", "'{value}' is not implemented yet", {"value": value})
-    return value
-
-
 class ModelParameters(Parameters):
     """In which form."""
 
-    format: Annotated[Literal["safetensors"], BeforeValidator(_refuse_planned)] = Field(
-        default="safetensors", description="Form of the file; onnx and pt2 are not implemented yet."
+    format: Literal["safetensors", "onnx", "pt2"] = Field(
+        default="safetensors",
+        description="safetensors: the weights alone, which go with /architecture. onnx and pt2 (a program of "
+        "torch.export): the whole network on raw inputs, the batch's size open; made at the first request, "
+        "which may take a minute.",
     )
 
 
@@ -42,8 +39,9 @@ class ModelParameters(Parameters):
     responses={**_NOT_MODIFIED, **_ERRORS},
 )
 def read_architecture(context: ContextOf, trial_id: TrialId, request: Request) -> Response:
-    """Read the static network: groups, sharing, macs."""
-    return _send(context, request, trial_id, "architecture.json", "application/json")
+    """Read the static network: its layers, which task uses which of them, macs by task."""
+    file, stored = trials.find_file(context, trial_id, trials.ARCHITECTURE_FILE)
+    return _send(request, file, stored.sha256, "application/json", f"{trial_id}.{file.name}")
 
 
 @router.get(
@@ -58,13 +56,18 @@ def read_architecture(context: ContextOf, trial_id: TrialId, request: Request) -
 def read_model(
     context: ContextOf, trial_id: TrialId, query: Annotated[ModelParameters, Query()], request: Request
 ) -> Response:
-    """Download the network's weights."""
-    return _send(context, request, trial_id, f"weights.{query.format}", _MODEL_TYPE)
+    """Download the network, or its weights alone."""
+    if query.format == "safetensors":
+        file, stored = trials.find_file(context, trial_id, trials.WEIGHTS_FILE)
+        return _send(request, file, stored.sha256, _MODEL_TYPE, f"{trial_id}.{file.name}")
+    file = trials.convert_model(context, trial_id, query.format)
+    with file.open("rb") as content:
+        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
+    return _send(request, file, sha256, _MODEL_TYPE, f"{trial_id}.{query.format}")
 
 
-def _send(context: Context, request: Request, trial_id: str, name: str, media_type: str) -> Response:
-    file, stored = trials.find_file(context, trial_id, name)
-    headers = {"ETag": f'"{stored.sha256}"'}
+def _send(request: Request, file: Path, sha256: str, media_type: str, name: str) -> Response:
+    headers = {"ETag": f'"{sha256}"'}
     if headers["ETag"] in request.headers.get("if-none-match", ""):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-    return FileResponse(file, media_type=media_type, filename=f"{trial_id}.{name}", headers=headers)
+    return FileResponse(file, media_type=media_type, filename=name, headers=headers)

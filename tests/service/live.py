@@ -13,8 +13,7 @@ import uvicorn
 
 from coterie.models.backbones import MLP
 from coterie.models.export import Preprocessing, write_architecture
-from coterie.models.static import GroupedNetwork
-from coterie.models.tasks import Grouping
+from coterie.models.families import Grouped
 from coterie.search.data.digits import Digits
 from coterie.search.store import (
     Candidate,
@@ -115,9 +114,16 @@ def add_trial(
 def _write_network(folder: Path, family: str, groups: list[list[str]], width: int) -> dict[str, int]:
     tasks = Digits.tasks()
     backbone = MLP(input_shape=Digits.shape(), width=width, depth=2)
-    network = GroupedNetwork(backbone=backbone, tasks=tasks, grouping=Grouping.from_names(groups, tasks))
+    network = Grouped(backbone=backbone, tasks=tasks, grouping=groups)
     document = write_architecture(
-        folder, network, family=family, preprocessing=Preprocessing(mean=(3.0,), std=(5.0,)), metadata={}
+        folder,
+        network.prune(),
+        family=family,
+        tasks=tasks,
+        backbone=backbone,
+        grouping=network.grouping,
+        preprocessing=Preprocessing(mean=(3.0,), std=(5.0,)),
+        metadata={},
     )
     cost: dict[str, int] = document["cost"]
     return cost

@@ -69,7 +69,9 @@ def _budget(text: str) -> bytes:
             _spec(search={"families": ["shared", "clan"]}), "/search/families/1", id="unknown family"
         ),
         pytest.param(_spec(search={"families": []}), "/search/families", id="no family"),
-        pytest.param(_spec(search={"families": ["etr_nlp"]}), "/search/families/0", id="family to come"),
+        pytest.param(
+            _spec(search={"backbones": ["mlp", "cnn2"]}), "/search/backbones/1", id="unknown backbone"
+        ),
         pytest.param(_spec(colour="red"), "/colour", id="unknown field"),
         pytest.param(_spec(**{"a/b~c": 1}), "/a~1b~0c", id="unknown field to escape"),
         pytest.param(

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from onnxruntime import InferenceSession
 
 from coterie.models.export import load_architecture
 from coterie.search.store import JobState
@@ -199,6 +200,18 @@ def test_an_exported_network_loads(live: LiveServer, job: str, tmp_path: Path) -
     weights = (tmp_path / "network" / "weights.safetensors").read_bytes()
     assert (tmp_path / "only.safetensors").read_bytes() == weights
     assert coterie("export", TRIAL, server=live.url, cwd=tmp_path).stdout == f"{TRIAL}\n"
+
+
+def test_a_network_is_exported_whole_by_its_files_ending_or_by_its_format(
+    live: LiveServer, job: str, tmp_path: Path
+) -> None:
+    done = coterie("export", TRIAL, "-o", "network.onnx", server=live.url, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, "network.onnx\n")
+    outputs = InferenceSession(tmp_path / "network.onnx").get_outputs()
+    assert {output.name for output in outputs} == set(ALL)
+    done = coterie("export", TRIAL, "--format", "pt2", server=live.url, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (0, f"{TRIAL}.pt2\n")
+    assert set(torch.export.load(tmp_path / f"{TRIAL}.pt2").module()(torch.zeros(1, 12, 12))) == set(ALL)
 
 
 def test_a_job_is_submitted_and_cancelled(live: LiveServer, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The Python client, against a real server."""
 
+import hashlib
 import http.server
 import socket
 import subprocess
@@ -8,8 +9,10 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from onnxruntime import InferenceSession
 
 from coterie.search.spec import JobSpec
 from coterie.search.store import JobState
@@ -159,6 +162,31 @@ def test_a_downloaded_network_is_the_exported_one(live: LiveServer, coterie: Cli
     assert all(torch.equal(again[name], value) for name, value in network(x).items())
 
 
+def test_a_whole_network_comes_as_onnx_and_as_a_program_of_torch_export(
+    live: LiveServer, coterie: Client, tmp_path: Path
+) -> None:
+    trial = coterie.job(finished_job(live)).best()
+    x = torch.rand(3, 12, 12)
+    expected = trial.load()(x)
+
+    program = torch.export.load(trial.download_model(tmp_path / "network.pt2", "pt2")).module()(x)
+    session = InferenceSession(trial.download_model(tmp_path / "network.onnx", "onnx"))
+    answers = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    by_onnx = dict(zip((output.name for output in session.get_outputs()), answers, strict=True))
+    assert set(program) == set(by_onnx) == set(expected)
+    for name, value in expected.items():
+        torch.testing.assert_close(program[name], value)
+        torch.testing.assert_close(torch.from_numpy(by_onnx[name]), value)
+
+
+def test_a_form_is_made_once_and_known_by_its_hash(live: LiveServer, coterie: Client) -> None:
+    path = f"{live.url}/v1/trials/{coterie.job(finished_job(live)).best().id}/model?format=pt2"
+    first = httpx.get(path, timeout=60)
+    assert first.headers["etag"] == f'"{hashlib.sha256(first.content).hexdigest()}"'
+    again = httpx.get(path, headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.content) == (304, b"")
+
+
 def test_a_download_that_fails_leaves_what_was_there(
     live: LiveServer, coterie: Client, tmp_path: Path
 ) -> None:
@@ -177,7 +205,7 @@ def test_a_download_that_fails_leaves_what_was_there(
 def test_the_catalogue(coterie: Client) -> None:
     assert [item["name"] for item in coterie.datasets()] == ["digits"]
     assert {"single", "shared", "grouped", "dmtg"} <= {item["name"] for item in coterie.families()}
-    assert [item["name"] for item in coterie.backbones()] == ["mlp"]
+    assert {"mlp", "cnn", "resnet20", "vit_tiny"} <= {item["name"] for item in coterie.backbones()}
     assert "delta_m" in {item["name"] for item in coterie.metrics()}
 
 

@@ -102,7 +102,7 @@ def test_the_other_side_is_the_narrowest_shared_network_of_no_fewer_macs(
     name = add_trial(live, store, job_id, 0, family="grouped", groups=[LEFT, RIGHT], delta_m=1.0, width=width)
     with Client(live.url) as client:
         assert demo.matching_width(client.trial(name)) == matching
-    assert matching is None or matching in MLP.widths
+    assert matching is None or matching in MLP.choices["width"]
 
 
 def test_the_jobs_of_the_test_train_one_candidate_each_on_fresh_seeds(live: LiveServer) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 import httpx
 import pytest
 
+from coterie.models.families import FAMILIES
 from coterie.search.store import Ending, JobState, TrialState
 from coterie.service.storage.repositories import JobRepository
 from coterie.service.storage.store import SqlTrialStore
@@ -25,7 +26,7 @@ def test_a_submitted_job_is_queued_and_shown(client: httpx.Client) -> None:
     assert re.fullmatch("job_[0-9a-f]{16}", job["id"])
     assert (job["state"], job["name"], job["tenant"], job["priority"]) == ("queued", "digits", "default", 0)
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d+)?Z", job["created_at"])
-    assert job["spec"]["search"]["families"] == ["single", "shared", "grouped", "dmtg"]
+    assert job["spec"]["search"]["families"] == list(FAMILIES)
     assert job["progress"] == {
         "trials": {"pending": 0, "running": 0, "completed": 0, "stopped": 0, "failed": 0},
         "budget": {

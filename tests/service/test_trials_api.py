@@ -42,6 +42,7 @@ def test_a_completed_trial_shows_what_it_reached(searched: tuple[Server, str]) -
         "macs": 500.0,
         "params": 250.0,
         "latency_ms": None,
+        "peak_memory_mb": None,
         "train_device_seconds": None,
     }
     assert found["test"]["delta_m"] == 4.0
@@ -61,7 +62,7 @@ def test_a_trial_that_is_not_measured_has_nulls_for_what_it_will_have(searched: 
     found = searched[0].client.get("/v1/trials/trial_3").json()
     assert (found["state"], found["grouping"], found["ended_at"]) == ("running", None, None)
     assert found["values"] == dict.fromkeys(
-        ["delta_m", "macs", "params", "latency_ms", "train_device_seconds"]
+        ["delta_m", "macs", "params", "latency_ms", "peak_memory_mb", "train_device_seconds"]
     )
     assert (found["links"]["model"], found["links"]["architecture"]) == (None, None)
 
@@ -118,10 +119,21 @@ def test_the_architecture_is_json(searched: tuple[Server, str]) -> None:
     assert answer.json() == {"family": "shared"}
 
 
-@pytest.mark.parametrize("format_", ["onnx", "pt2", "pickle"])
-def test_other_formats_are_refused(searched: tuple[Server, str], problem: Problem, format_: str) -> None:
-    answer = searched[0].client.get("/v1/trials/trial_0/model", params={"format": format_})
-    assert ("not implemented" in problem(answer, 400, "/query/format")["detail"]) == (format_ != "pickle")
+def test_an_unknown_format_is_refused(searched: tuple[Server, str], problem: Problem) -> None:
+    answer = searched[0].client.get("/v1/trials/trial_0/model", params={"format": "pickle"})
+    assert "'safetensors', 'onnx' or 'pt2'" in problem(answer, 400, "/query/format")["detail"]
+
+
+def test_a_network_that_can_not_be_converted_is_a_problem_without_a_trace(
+    searched: tuple[Server, str], problem: Problem
+) -> None:
+    """Its files are no network, which the process that converts them finds out."""
+    server, job_id = searched
+    document = problem(server.client.get("/v1/trials/trial_0/model", params={"format": "onnx"}), 500)
+    assert document["type"] == "urn:coterie:problem:conversion-failed"
+    assert "Traceback" not in str(document)
+    folder = server.settings.artifacts_of(job_id) / "trials" / "trial_0"
+    assert sorted(file.name for file in folder.iterdir()) == ["architecture.json", "weights.safetensors"]
 
 
 @pytest.mark.parametrize("what", ["model", "architecture"])
