@@ -110,6 +110,7 @@ def run_tune(trials: int, work: str, folder: str) -> None:
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
+    from coterie.models.tasks import KIND_METRICS
     from coterie.search.objective import Yardstick
     from coterie.search.plan import make_plan
     from coterie.search.spec import JobSpec
@@ -135,7 +136,7 @@ def run_tune(trials: int, work: str, folder: str) -> None:
         def setup(self, config: dict[str, Any]) -> None:
             plan = make_plan(JobSpec.model_validate(SPEC | {"budget": {"trials": 1, "epochs": 1}}))
             self.bench = make_bench(plan.tasks, plan.source.load(plan.options), cpus=1, gpus=0)
-            ones = dict.fromkeys(plan.tasks.names, 1.0)
+            ones = {task.name: dict.fromkeys(KIND_METRICS[task.kind], 1.0) for task in plan.tasks}
             self.yardstick = Yardstick(validation=ones, test=ones, costs={})
 
         def step(self) -> dict[str, Any]:
