@@ -90,7 +90,16 @@ class AffinityMeter(nn.Module):
     def measure(
         self, network: nn.Module, shared: Sequence[str], x: Tensor, targets: Mapping[str, Tensor]
     ) -> None:
-        """Measure once; arguments as of `step`."""
+        """Measure once; arguments as of `step`.
+
+        In full precision whatever the training's: a step changes a loss by less than bfloat16 can tell.
+        """
+        with torch.autocast(x.device.type, enabled=False):
+            self._measure(network, shared, x, targets)
+
+    def _measure(
+        self, network: nn.Module, shared: Sequence[str], x: Tensor, targets: Mapping[str, Tensor]
+    ) -> None:
         parameters = {name: network.get_parameter(name) for name in shared}
         buffers = {name: buffer.clone() for name, buffer in network.named_buffers()}
 

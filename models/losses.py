@@ -69,7 +69,7 @@ def mse(outputs: Tensor, targets: Tensor, labelled: Tensor) -> Tensor:
 
 def cosine(outputs: Tensor, targets: Tensor, labelled: Tensor) -> Tensor:
     """1 minus the cosine of the angle between vectors [..., N, B, 3, H, W] and [N, B, 3, H, W]: [..., N]."""
-    targets = targets.where(labelled, 0)
+    targets = targets.to(outputs.dtype).where(labelled, 0)
     labelled = labelled.select(-3, 0)
     return _mean((1 - F.cosine_similarity(outputs, targets, dim=-3)).where(labelled, 0), labelled)
 

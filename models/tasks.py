@@ -1,10 +1,11 @@
 """Tasks, task sets and groupings: the words that every other module speaks in."""
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Self, overload
+
+from coterie.models.checks import check_number
 
 
 class TaskKind(StrEnum):
@@ -97,8 +98,13 @@ class Task:
     weight: float = 1.0
 
     def __post_init__(self) -> None:
+        for field, text in (("name", self.name), ("metric", self.metric), ("loss", self.loss)):
+            if not isinstance(text, str):
+                raise ValueError(f"{field}: must be a string, found {text!r}")
         if not self.name:
             raise ValueError("name: must not be empty")
+        if not isinstance(self.kind, TaskKind):
+            raise ValueError(f"kind: must be a TaskKind, found {self.kind!r}")
         least, most = _OUTPUTS[self.kind]
         if type(self.outputs) is not int or not least <= self.outputs <= most:
             rule = f"{least}" if least == most else f"from {least} to {most}"
@@ -114,8 +120,7 @@ class Task:
             raise ValueError(
                 f"loss: of a {self.kind.value} task must be one of {list(losses)}, found {self.loss!r}"
             )
-        if not 0 < self.weight < math.inf:
-            raise ValueError(f"weight: must be a finite number above 0, found {self.weight}")
+        check_number("weight", self.weight, 0, above=True)
 
     @property
     def direction(self) -> Direction:
@@ -200,22 +205,29 @@ class Grouping:
         return cls(tuple(tuple(group) for group in by_label.values()))
 
     @classmethod
-    def from_names(cls, groups: Iterable[Iterable[str]], tasks: TaskSet) -> Self:
-        """Read groups of task names.
+    def from_names(cls, groups: Sequence[Sequence[str]], tasks: TaskSet) -> Self:
+        """Read groups of task names, a list (or tuple) of such.
 
         Raises:
-            ValueError: If a name is unknown, or the groups are not a partition of `tasks`.
+            ValueError: If they are something else, a name is unknown, or the groups are not a partition of
+                `tasks`.
         """
+        if not isinstance(groups, list | tuple) or not all(
+            isinstance(group, list | tuple) and group and all(isinstance(name, str) for name in group)
+            for group in groups
+        ):
+            raise ValueError(
+                f"grouping: must be a list of lists of task names, none of them empty, found {groups!r}"
+            )
         index = {name: i for i, name in enumerate(tasks.names)}
-        named = [list(group) for group in groups]
-        unknown = [name for group in named for name in group if name not in index]
+        unknown = [name for group in groups for name in group if name not in index]
         if unknown:
             raise ValueError(f"grouping: unknown tasks {unknown}; the job's tasks are {list(tasks.names)}")
-        if sorted(name for group in named for name in group) != sorted(tasks.names):
+        if sorted(name for group in groups for name in group) != sorted(tasks.names):
             raise ValueError(
-                f"grouping: each of {list(tasks.names)} must be in exactly one group, found {named}"
+                f"grouping: each of {list(tasks.names)} must be in exactly one group, found {groups}"
             )
-        return cls(tuple(tuple(index[name] for name in group) for group in named))
+        return cls(tuple(tuple(index[name] for name in group) for group in groups))
 
     @classmethod
     def together(cls, tasks: int) -> Self:

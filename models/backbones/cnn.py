@@ -16,7 +16,8 @@ CHANNELS = 64
 class CNN(ImageBackbone):
     """conv3x3-64, max pooling 3/2, one residual block, average pooling 2 (DMTG, arXiv 2407.05082, CelebA).
 
-    Two units. On 64x64 images a head reads 14,400 numbers.
+    Two units. On 64x64 images a head reads 14,400 numbers. Xavier start as in the recipe; the heads, which
+    are not the backbone's, start as torch's linear layers do.
 
     Example:
         >>> CNN(input_shape=(3, 64, 64)).feature_shape("vector")

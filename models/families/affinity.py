@@ -1,6 +1,5 @@
 """Groups found by the affinity of tasks, then trained: the old way, for comparison with DMTG."""
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -9,6 +8,7 @@ from torch.nn import functional as F
 
 from coterie.models.affinity import AFFINITY_LR, best_partition, random_partition, tag_partition
 from coterie.models.backbones import Backbone
+from coterie.models.checks import check_number
 from coterie.models.families.dmtg import DMTG, Start
 from coterie.models.tasks import Grouping, TaskSet
 
@@ -53,10 +53,11 @@ class AffinityGrouped(DMTG):
     ) -> None:
         if method not in get_args(Method):
             raise ValueError(f"method: must be one of {get_args(Method)}, found {method!r}")
-        if not 0 < affinity_lr < math.inf:
-            raise ValueError(f"affinity_lr: must be a finite number above 0, found {affinity_lr!r}")
+        check_number("affinity_lr", affinity_lr, 0, above=True)
         init: Start = "equal" if method == "random" else "affinity"
-        super().__init__(backbone=backbone, tasks=tasks, groups=groups, split=split, init=init, probe=probe)
+        super().__init__(
+            backbone=backbone, tasks=tasks, groups=groups, split=split, scaling="off", init=init, probe=probe
+        )
         self.method = method
         if self.meter is not None:
             self.meter.lr = affinity_lr

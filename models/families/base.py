@@ -114,5 +114,8 @@ class MultiTaskNetwork(nn.Module, ABC):
         """
 
     def restore(self, state: Mapping[str, Tensor]) -> None:
-        """Take back a `state_dict` of any moment of a training of this network, whatever phase it was in."""
+        """Take back a `state_dict` of any moment of a training, whatever phase it was in.
+
+        This network must be as it was built, from equal arguments.
+        """
         self.load_state_dict(state)

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from coterie.models.affinity import check_groups
 from coterie.models.backbones import Backbone
+from coterie.models.checks import check_number
 from coterie.models.families.base import Losses, MultiTaskNetwork
-from coterie.models.families.dmtg import CELEBA_TAU, DMTG, probe_epochs
+from coterie.models.families.dmtg import CELEBA_TAU, DMTG, check_temperature, probe_epochs
 from coterie.models.families.grouped import check_split
 from coterie.models.families.interrogate import GatedNetwork, GatedTrunk, Gating
 from coterie.models.graph import INPUT
@@ -196,15 +197,15 @@ class DMTGInterroGate(MultiTaskNetwork):
         sparsity_weight: float = 0.1,
         own_share: float = 0.0,
         gate_lr: float = 0.05,
-        grouping: Iterable[Iterable[str]] | None = None,
+        grouping: Sequence[Sequence[str]] | None = None,
         group_share: float = 0.5,
     ) -> None:
         super().__init__(backbone, tasks)
         self.gating = Gating(sparsity_weight=sparsity_weight, own_share=own_share, gate_lr=gate_lr)
-        if not 0 < group_share < 1:
-            raise ValueError(
-                f"group_share: must be a share of the epochs between 0 and 1, found {group_share!r}"
-            )
+        check_temperature("tau", tau)
+        if logits_lr is not None:
+            check_number("logits_lr", logits_lr, 0, above=True)
+        check_number("group_share", group_share, 0, 1, above=True, below=True)
         check_split(split, backbone)
         self.split = split
         self.group_share = group_share

@@ -14,19 +14,22 @@ from torch.nn import functional as F
 
 from coterie.models.affinity import AffinityMeter, best_partition, centred_affinity, check_groups
 from coterie.models.backbones import Backbone, Feature
+from coterie.models.checks import check_number, check_whole_number
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.families.grouped import assemble_groups, check_split
 from coterie.models.heads import Head, Necks
 from coterie.models.losses import task_losses
 from coterie.models.static import StaticNetwork
-from coterie.models.tasks import Grouping, TaskSet
+from coterie.models.tasks import DENSE, Grouping, TaskSet
 
 # Shapes: A heads of a task, B batch, D features, K groups, N tasks with equally many heads, S draws, T tasks.
 
-Scaling = Literal["intended", "as_released", "off"]
+Scaling = Literal["auto", "intended", "as_released", "off"]
 LossNormalisation = Literal["none", "initial", "running"]
 Start = Literal["equal", "affinity"]
 
+LEAST_TAU, MOST_TAU = 1e-3, 1e3  # below, a sample is a hard choice without gradient; above, always even
+MAX_PATIENCE = 2**31 - 1  # far more epochs than a training has
 CELEBA_TAU = 2.5  # the paper's CelebA recipe; its Taskonomy recipe has 4
 LOSS_FLOOR = 1e-8  # a loss of nearly zero would make later ones infinite
 LOSS_MEMORY = 0.99  # the running mean looks back about a hundred batches
@@ -66,15 +69,16 @@ class DMTG(MultiTaskNetwork):
         tasks: The job's tasks.
         groups: K, from 1 to the number of tasks.
         split: Units of the shared prefix.
-        tau: Temperature of the relaxed sample, above 0, at the first epoch.
+        tau: Temperature of the relaxed sample, from 0.001 to 1000, at the first epoch.
         tau_end: At the last one, reached geometrically; None keeps it constant, as in the paper.
         logits_lr: Learning rate of A; None takes the weights'. Adam moves A by about its learning rate a
             step, so this times the number of steps bounds how decided the groups can get.
         entropy_weight: Factor, from 0, of the mean over tasks of the sum over k of the binary entropies of
             softmax(A). In the released code, off in its published settings.
         scaling: `intended` multiplies the gradient by 1/sqrt(K) between prefix and branches and by 1/sqrt(T)
-            between a branch and its heads (the paper's choice for dense tasks); `as_released` by 1/sqrt(K) at
-            both places, which is what the released code computes; `off` leaves it as it is.
+            between a branch and its heads; `as_released` by 1/sqrt(K) at both places, which is what the
+            released code computes; `off` leaves it as it is. `auto` is the paper's choice: `intended` where
+            a task is dense, else `off`.
         loss_normalisation: Divides each task's loss, for losses of different scale (ours): by its value on
             the first batch (`initial`) or its running mean (`running`), averaged over the task's heads;
             `none` is the paper's form.
@@ -108,7 +112,7 @@ class DMTG(MultiTaskNetwork):
         tau_end: float | None = None,
         logits_lr: float | None = None,
         entropy_weight: float = 0.0,
-        scaling: Scaling = "off",
+        scaling: Scaling = "auto",
         loss_normalisation: LossNormalisation = "none",
         init: Start = "equal",
         probe: float = 0.25,
@@ -119,11 +123,12 @@ class DMTG(MultiTaskNetwork):
         super().__init__(backbone, tasks)
         check_groups(len(tasks), groups)
         check_split(split, backbone)
-        for name, value in (("tau", tau), ("tau_end", tau_end), ("logits_lr", logits_lr)):
-            if value is not None and not 0 < value < math.inf:
-                raise ValueError(f"{name}: must be a finite number above 0, found {value!r}")
-        if not 0 <= entropy_weight < math.inf:
-            raise ValueError(f"entropy_weight: must be a finite number from 0, found {entropy_weight!r}")
+        check_temperature("tau", tau)
+        if tau_end is not None:
+            check_temperature("tau_end", tau_end)
+        if logits_lr is not None:
+            check_number("logits_lr", logits_lr, 0, above=True)
+        check_number("entropy_weight", entropy_weight, 0)
         for name, choice, choices in (
             ("scaling", scaling, get_args(Scaling)),
             ("loss_normalisation", loss_normalisation, get_args(LossNormalisation)),
@@ -131,15 +136,10 @@ class DMTG(MultiTaskNetwork):
         ):
             if choice not in choices:
                 raise ValueError(f"{name}: must be one of {choices}, found {choice!r}")
-        if not 0 < probe < 1:
-            raise ValueError(f"probe: must be a share of the epochs between 0 and 1, found {probe!r}")
-        if not 0 <= epsilon < 1:
-            raise ValueError(f"epsilon: must be from 0 to below 1, found {epsilon!r}")
-        if type(patience) is not int or patience < 1:
-            raise ValueError(f"patience: must be a whole number from 1, found {patience!r}")
-        most = 1 - probe if init == "affinity" else 1
-        if not 0 <= fine_tune < most:
-            raise ValueError(f"fine_tune: must be from 0 to below {most:g}, found {fine_tune!r}")
+        check_number("probe", probe, 0, 1, above=True, below=True)
+        check_number("epsilon", epsilon, 0, 1, below=True)
+        check_whole_number("patience", patience, 1, MAX_PATIENCE)
+        check_number("fine_tune", fine_tune, 0, 1 - probe if init == "affinity" else 1, below=True)
         self.split = split
         self.tau = tau
         self.tau_end = tau if tau_end is None else tau_end
@@ -150,6 +150,8 @@ class DMTG(MultiTaskNetwork):
         self.epsilon = epsilon
         self.patience = patience
         self.fine_tune = fine_tune
+        if scaling == "auto":
+            scaling = "intended" if any(task.kind in DENSE for task in tasks) else "off"
         self.branch_scale, self.head_scale = {
             "intended": (groups**-0.5, len(tasks) ** -0.5),
             "as_released": (groups**-0.5, groups**-0.5),
@@ -223,9 +225,11 @@ class DMTG(MultiTaskNetwork):
     def begin_epoch(self, epoch: int, epochs: int) -> bool:
         """Set the temperature, end the affinity start, drop faint heads, start to fine-tune."""
         self._tau = self.tau * (self.tau_end / self.tau) ** (epoch / max(epochs - 1, 1))
-        self._tuning = epoch >= epochs - round(self.fine_tune * epochs)
+        probed = probe_epochs(self.probe, epochs) if self.meter else 0
+        # An epoch at least learns the groups.
+        self._tuning = epoch >= max(probed + 1, epochs - round(self.fine_tune * epochs))
         self.train(self.training)
-        grouped = bool(self.probing) and epoch >= probe_epochs(self.probe, epochs)
+        grouped = bool(self.probing) and epoch >= probed
         if grouped:
             self._start_groups()
         self._probing = bool(self.probing)
@@ -405,6 +409,15 @@ def expected_sample(A_TK: Tensor, tau: float) -> Tensor:
     noise_SK = -(-sobol.draw(EXPECTATION_DRAWS, dtype=torch.float64).clamp(min=tiny).log()).log()
     samples_STK = torch.softmax((A_TK.detach().cpu() + noise_SK.unsqueeze(1)) / tau, dim=2)
     return samples_STK.mean(dim=0).to(A_TK)
+
+
+def check_temperature(name: str, tau: object) -> None:
+    """Check a temperature of the relaxed sample.
+
+    Raises:
+        ValueError: If it is not a number from `LEAST_TAU` to `MOST_TAU`.
+    """
+    check_number(name, tau, LEAST_TAU, MOST_TAU)
 
 
 def gumbel_noise(shape: torch.Size, generator: torch.Generator) -> Tensor:

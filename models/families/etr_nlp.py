@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from coterie.models.backbones import Backbone
+from coterie.models.checks import check_number, check_whole_number
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.graph import INPUT, Node
 from coterie.models.heads import feature_of, plan_head
@@ -105,22 +106,22 @@ class ETRNLP(MultiTaskNetwork):
         primitive_seed: int = 0,
     ) -> None:
         super().__init__(backbone, tasks)
-        for name, share in (("gamma", gamma), ("density", density)):
-            if type(share) not in {int, float} or not 0 < share <= 1:
-                raise ValueError(f"{name}: must be a number above 0 and at most 1, found {share!r}")
+        check_number("gamma", gamma, 0, 1, above=True)
+        check_number("density", density, 0, 1, above=True)
         if own_width not in get_args(OwnWidth):
             raise ValueError(f"own_width: must be one of {get_args(OwnWidth)}, found {own_width!r}")
         known = get_args(Primitive)
-        if not primitives or any(name not in known or primitives.count(name) > 1 for name in primitives):
-            raise ValueError(
-                f"primitives: must be one or more of {known}, each at most once, found {primitives!r}"
-            )
-        for name, value, least, most in (
-            ("dilation", dilation, 1, MAX_DILATION),
-            ("primitive_seed", primitive_seed, 0, MAX_SEED),
+        if (
+            not isinstance(primitives, list | tuple)
+            or not primitives
+            or any(name not in known or primitives.count(name) > 1 for name in primitives)
         ):
-            if type(value) is not int or not least <= value <= most:
-                raise ValueError(f"{name}: must be a whole number from {least} to {most}, found {value!r}")
+            raise ValueError(
+                f"primitives: must be a list of one or more of {known}, each at most once, "
+                f"found {primitives!r}"
+            )
+        check_whole_number("dilation", dilation, 1, MAX_DILATION)
+        check_whole_number("primitive_seed", primitive_seed, 0, MAX_SEED)
         router = _Router(backbone, tasks, gamma, own_width, primitives, dilation)
         self.network = StaticNetwork(router.route())
         self._fused = _Fused(self.network, router.ends) if _Fused.fits(self.network, router.ends) else None
@@ -300,6 +301,11 @@ class _Router:
         narrowest = min(self._learned, key=lambda node: node.settings["outputs"])
         found = int(narrowest.settings["outputs"])
         if not fits(found):
+            if not fits(GREATEST_SETTING):
+                raise ValueError(
+                    f"gamma: must leave the shared part and each of {len(self.tasks)} tasks' a channel in a "
+                    f"layer of {GREATEST_SETTING}, found {self.gamma!r}"
+                )
             needed = 1 + bisect_left(range(1, GREATEST_SETTING), True, key=fits)
             raise ValueError(
                 f"width: must give each layer at least {needed} channels with {len(self.tasks)} tasks, gamma "

@@ -1,6 +1,6 @@
 """A fixed grouping: tasks of one group share a network."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import torch
@@ -34,7 +34,7 @@ class Grouped(MultiTaskNetwork):
     """
 
     def __init__(
-        self, *, backbone: Backbone, tasks: TaskSet, grouping: Iterable[Iterable[str]], split: int = 0
+        self, *, backbone: Backbone, tasks: TaskSet, grouping: Sequence[Sequence[str]], split: int = 0
     ) -> None:
         super().__init__(backbone, tasks)
         self._grouping = Grouping.from_names(grouping, tasks)

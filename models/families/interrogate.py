@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import update_bn
 
 from coterie.models.backbones import Backbone, Unit
+from coterie.models.checks import check_number
 from coterie.models.cost import macs_by_node
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.graph import INPUT, Chain, Node
@@ -47,19 +48,11 @@ class Gating:
     frozen: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sparsity_weight < float("inf"):
-            raise ValueError(
-                f"sparsity_weight: must be a finite number from 0, found {self.sparsity_weight!r}"
-            )
-        if not 0 < self.gate_lr < float("inf"):
-            raise ValueError(f"gate_lr: must be a finite number above 0, found {self.gate_lr!r}")
-        if not -GATE_LIMIT <= self.gate_start <= GATE_LIMIT:
-            raise ValueError(
-                f"gate_start: must be from {-GATE_LIMIT} to {GATE_LIMIT}, found {self.gate_start!r}"
-            )
-        for name, share in (("own_share", self.own_share), ("frozen", self.frozen)):
-            if not 0 <= share <= 1:
-                raise ValueError(f"{name}: must be from 0 to 1, found {share!r}")
+        check_number("sparsity_weight", self.sparsity_weight, 0)
+        check_number("own_share", self.own_share, 0, 1)
+        check_number("gate_lr", self.gate_lr, 0, above=True)
+        check_number("gate_start", self.gate_start, -GATE_LIMIT, GATE_LIMIT)
+        check_number("frozen", self.frozen, 0, 1)
         if self.weighting not in get_args(Weighting):
             raise ValueError(f"weighting: must be one of {get_args(Weighting)}, found {self.weighting!r}")
 
@@ -136,7 +129,9 @@ class GatedTrunk(nn.Module):
         self.shared, *own = (nn.ModuleList(branch) for branch in branches)
         self.own = nn.ModuleList(own)
         self.sites = tuple(site for unit in units for site in unit.sites)
-        self.alphas = nn.ParameterList(torch.full((len(own), site.gates), gate_start) for site in self.sites)
+        self.alphas = nn.ParameterList(
+            torch.full((len(own), site.gates), float(gate_start)) for site in self.sites
+        )
         self.betas = nn.ParameterList(torch.zeros(len(own), site.gates) for site in self.sites[:-1])
         self.nodes, self._ends = _join_units(units)
         assert self.nodes[-1].name == self.sites[-1].node, "nothing would gate what the heads read"
@@ -185,7 +180,8 @@ class GatedTrunk(nn.Module):
 
     def own_shares(self) -> Tensor:
         """Give each task's mean of sigmoid(alpha): over the gates of each site, then over sites, [T]."""
-        return torch.cat(list(self.alphas), dim=1).sigmoid() @ self.gate_weights
+        # No matrix product: autocast would round it.
+        return (torch.cat(list(self.alphas), dim=1).sigmoid() * self.gate_weights).sum(dim=1)
 
     @property
     def gates(self) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from coterie.models.families import DMTG, MultiTaskNetwork, Shared, build_networ
 from coterie.models.families.affinity import AffinityGrouped
 from coterie.models.losses import task_losses
 from coterie.models.tasks import Grouping, TaskSet
+from tests.models.not_numbers import NO_NUMBERS
 
 MakeTasks = Callable[..., TaskSet]
 BACKBONE = MLP(input_shape=(12,), width=12, depth=2)
@@ -429,6 +430,7 @@ def test_one_group_needs_no_measurement(tasks: TaskSet) -> None:
         ("probe", 0.0),
         ("affinity_lr", 0.0),
         ("affinity_lr", math.nan),
+        *((name, value) for name in ("probe", "affinity_lr") for value in NO_NUMBERS),
     ],
 )
 def test_a_parameter_out_of_range_is_refused_by_its_name(name: str, value: object, tasks: TaskSet) -> None:

@@ -12,6 +12,7 @@ from coterie.models.families.composed import GatedGroups
 from coterie.models.families.interrogate import GatedTrunk
 from coterie.models.layers import BatchNorm
 from coterie.models.tasks import Grouping, Task, TaskKind, TaskSet
+from tests.models.not_numbers import NO_NUMBERS
 
 WEIGHTS = {"a": 1.0, "b": 2.0, "c": 1.0, "d": 0.5}
 TASKS = TaskSet(Task(name=name, kind=TaskKind.BINARY, weight=weight) for name, weight in WEIGHTS.items())
@@ -239,12 +240,18 @@ def test_settling_takes_the_statistics_anew_in_the_second_phase() -> None:
         ({"groups": 1, "grouping": GROUPS}, "grouping: must have at most 1 groups, found 2"),
         ({"grouping": [["a", "b"]]}, "grouping: each of"),
         ({"groups": 2, "split": 2}, "split: must be a whole number from 0 to 1"),
-        (
-            {"groups": 2, "group_share": 1.0},
-            "group_share: must be a share of the epochs between 0 and 1, found 1",
+        ({"groups": 2, "group_share": 1.0}, "group_share: must be a number above 0 and below 1, found 1"),
+        ({"groups": 2, "tau": 0.0}, "tau: must be a number from 0.001 to 1000, found 0.0"),
+        ({"grouping": GROUPS, "tau": 0.0}, "tau: must be a number"),
+        ({"grouping": GROUPS, "logits_lr": 0.0}, "logits_lr: must be a finite number above 0, found 0.0"),
+        ({"grouping": "abcd"}, "grouping: must be a list of lists of task names"),
+        *(
+            ({"grouping": GROUPS, name: value}, f"{name}: must be a .*number")
+            for name in ("tau", "logits_lr", "sparsity_weight", "own_share", "gate_lr", "group_share")
+            for value in NO_NUMBERS
+            if value is not None or name != "logits_lr"
         ),
-        ({"groups": 2, "tau": 0.0}, "tau: must be a finite number above 0, found 0.0"),
-        ({"groups": 2, "own_share": -1.0}, "own_share: must be from 0 to 1, found -1.0"),
+        ({"groups": 2, "own_share": -1.0}, "own_share: must be a number from 0 to 1, found -1.0"),
     ],
 )
 def test_a_bad_parameter_is_refused(parameters: dict[str, Any], message: str) -> None:

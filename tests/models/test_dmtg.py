@@ -30,6 +30,7 @@ from coterie.models.families.dmtg import (
 )
 from coterie.models.losses import task_losses
 from coterie.models.tasks import Grouping, Task, TaskKind, TaskSet
+from tests.models.not_numbers import NO_NUMBERS
 
 BACKBONE = MLP(input_shape=(3, 2), width=5, depth=3)
 IMAGE = (3, 16, 16)
@@ -184,7 +185,7 @@ def test_the_noise_is_standard_gumbel() -> None:
 def test_on_every_backbone_the_loss_is_the_plain_loops_and_its_gradients_the_chain_rules(
     backbone: Backbone, split: int
 ) -> None:
-    network = scatter(build_on(backbone, groups=3, split=split))
+    network = scatter(build_on(backbone, groups=3, split=split, scaling="off"))
     x, targets = batch_for(backbone)
     noise_TK = gumbel_noise(network.A_TK.shape, random(1)).to(network.A_TK)
     G_TK = gumbel_softmax(network.A_TK, noise_TK, network.tau)
@@ -207,7 +208,7 @@ def test_on_every_backbone_the_loss_is_the_plain_loops_and_its_gradients_the_cha
 def test_on_every_backbone_one_group_is_the_shared_network_in_outputs_and_in_training(
     backbone: Backbone,
 ) -> None:
-    one_group = build_on(backbone, groups=1)
+    one_group = build_on(backbone, groups=1, scaling="off")
     torch.manual_seed(0)
     shared = Shared(backbone=backbone, tasks=tasks_of(backbone)).double()
     networks = (one_group, shared)
@@ -419,6 +420,31 @@ def test_on_every_backbone_groups_have_no_order(backbone: Backbone) -> None:
     check_that_groups_have_no_order(scatter(build_on(backbone, groups=3)), steps=1)
 
 
+def test_by_default_gradients_are_scaled_where_a_task_is_dense(tasks: TaskSet) -> None:
+    backbone = CNN(input_shape=(3, 16, 16), width=0.0625)
+    dense = TaskSet([*tasks, Task(name="far", kind=TaskKind.DEPTH)])
+    for its, scales in ((tasks, (1.0, 1.0)), (dense, (2**-0.5, 5**-0.5))):
+        network = DMTG(backbone=backbone, tasks=its, groups=2)
+        assert (network.branch_scale, network.head_scale) == scales
+
+
+@pytest.mark.parametrize(("fine_tune", "epochs"), [(0.8, 2), (0.9, 4), (0.6, 1), (0.99, 3)])
+@pytest.mark.parametrize("init", ["equal", "affinity"])
+def test_fine_tuning_leaves_an_epoch_to_learn_the_groups(
+    tasks: TaskSet, fine_tune: float, epochs: int, init: str
+) -> None:
+    fine_tune = min(fine_tune, 0.74) if init == "affinity" else fine_tune  # a quarter is for measuring
+    network = build(tasks, groups=2, fine_tune=fine_tune, init=init)
+    x, targets = batch(tasks)
+    learned = []
+    for epoch in range(epochs):
+        network.begin_epoch(epoch, epochs)
+        torch.autograd.backward(network.training_loss(x, targets, random(epoch)))
+        learned.append(network.A_TK.grad is not None)
+        network.zero_grad()
+    assert any(learned) or (init == "affinity" and epochs == 1)  # then all is probing
+
+
 @pytest.mark.parametrize(
     ("scaling", "at_branch", "at_head"),
     [("off", 1, 1), ("intended", 3**-0.5, 4**-0.5), ("as_released", 3**-0.5, 3**-0.5)],
@@ -527,7 +553,19 @@ def test_before_training_the_grouping_is_one_group(tasks: TaskSet) -> None:
         ("scaling", "on"),
         ("loss_normalisation", "final"),
         ("init", "random"),
+        ("tau", 1e-4),
+        ("tau", 1e4),
         ("tau_end", 0.0),
+        ("tau_end", 1e4),
+        ("logits_lr", 1e39),
+        ("patience", 10**400),
+        ("patience", True),
+        *(
+            (name, value)
+            for name in ("tau", "tau_end", "logits_lr", "entropy_weight", "probe", "epsilon", "fine_tune")
+            for value in NO_NUMBERS
+            if value is not None or name not in {"tau_end", "logits_lr"}
+        ),
         ("probe", 0.0),
         ("probe", 1.0),
         ("epsilon", -0.1),

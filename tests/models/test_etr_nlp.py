@@ -17,6 +17,7 @@ from coterie.models.families import ETRNLP, Shared, build_network
 from coterie.models.families.etr_nlp import draw_pattern, fitting_heads, label
 from coterie.models.layers import FixedNoise, RandomConv, RandomProjection
 from coterie.models.tasks import Task, TaskKind, TaskSet
+from tests.models.not_numbers import NO_NUMBERS
 
 BATCH = 2
 
@@ -367,8 +368,14 @@ def test_the_loss_falls(name: str, make_tasks: MakeTasks) -> None:
         ({"density": 1.5}, "density: must be"),
         ({"density": float("nan")}, "density: must be"),
         ({"own_width": "half"}, "own_width: must be one of .* found 'half'"),
-        ({"primitives": []}, "primitives: must be one or more of"),
-        ({"primitives": ["identity", "median"]}, "primitives: must be one or more of"),
+        ({"primitives": []}, "primitives: must be a list of one or more of"),
+        ({"primitives": 1}, "primitives: must be a list"),
+        ({"primitives": None}, "primitives: must be a list"),
+        ({"primitives": {"identity"}}, "primitives: must be a list"),
+        ({"primitives": "identity"}, "primitives: must be a list"),
+        ({"primitives": [1]}, "primitives: must be a list"),
+        ({"primitives": [["identity"]]}, "primitives: must be a list"),
+        ({"primitives": ["identity", "median"]}, "primitives: must be a list of one or more of"),
         ({"primitives": ["identity", "identity"]}, "primitives: must be .* each at most once"),
         ({"dilation": 0}, "dilation: must be a whole number from 1 to 16, found 0"),
         ({"dilation": 17}, "dilation: must be"),
@@ -376,7 +383,18 @@ def test_the_loss_falls(name: str, make_tasks: MakeTasks) -> None:
         ({"primitive_seed": 1.0}, "primitive_seed: must be"),
         ({"gamma": 0.9}, "width: must give each layer at least 25 channels with 3 tasks, .* found 16 in"),
         ({"gamma": 0.01, "own_width": "full"}, "width: must give each layer at least 51 channels"),
-        ({"gamma": 1 - 1e-12}, "width: must give each layer"),
+        ({"gamma": 1 - 1e-12}, "gamma: must leave the shared part and each of 3 tasks' a channel"),
+        ({"gamma": 1e-9}, "gamma: must leave .* found 1e-09"),
+        *(
+            ({name: value}, f"{name}: must be a number above 0 and at most 1")
+            for name in ("gamma", "density")
+            for value in NO_NUMBERS
+        ),
+        *(
+            ({name: value}, f"{name}: must be a whole number")
+            for name in ("dilation", "primitive_seed")
+            for value in NO_NUMBERS
+        ),
     ],
 )
 def test_impossible_settings_are_refused_by_name_before_anything_is_allocated(

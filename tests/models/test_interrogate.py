@@ -15,6 +15,7 @@ from coterie.models.families.interrogate import GATE_LIMIT, GatedTrunk
 from coterie.models.layers import BatchNorm
 from coterie.models.static import StaticNetwork
 from coterie.models.tasks import Task, TaskKind, TaskSet
+from tests.models.not_numbers import NO_NUMBERS
 
 SIZES: dict[str, dict[str, Any]] = {
     "mlp": {"input_shape": (2, 3), "width": 6, "depth": 3},
@@ -519,11 +520,16 @@ def test_a_trunk_may_stand_behind_other_units() -> None:
     [
         ({"sparsity_weight": -0.1}, "sparsity_weight: must be a finite number from 0, found -0.1"),
         ({"sparsity_weight": float("nan")}, "sparsity_weight: must be"),
-        ({"own_share": 1.5}, "own_share: must be from 0 to 1, found 1.5"),
-        ({"frozen": -0.5}, "frozen: must be from 0 to 1, found -0.5"),
+        ({"own_share": 1.5}, "own_share: must be a number from 0 to 1, found 1.5"),
+        ({"frozen": -0.5}, "frozen: must be a number from 0 to 1, found -0.5"),
         ({"gate_lr": 0.0}, "gate_lr: must be a finite number above 0, found 0.0"),
-        ({"gate_start": 4.0}, "gate_start: must be from -3.0 to 3.0, found 4.0"),
+        ({"gate_start": 4.0}, "gate_start: must be a number from -3 to 3, found 4.0"),
         ({"weighting": "params"}, r"weighting: must be one of \('plain', 'macs'\), found 'params'"),
+        *(
+            ({name: value}, f"{name}: must be a .*number")
+            for name in ("sparsity_weight", "own_share", "gate_lr", "gate_start", "frozen")
+            for value in NO_NUMBERS
+        ),
     ],
 )
 def test_a_bad_parameter_is_refused(parameters: dict[str, Any], message: str) -> None:

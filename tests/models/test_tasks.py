@@ -1,11 +1,13 @@
 from dataclasses import replace
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.models.tasks import KIND_LOSSES, KIND_METRICS, Grouping, Task, TaskKind, TaskSet
+from tests.models.not_numbers import NO_NUMBERS
 
 labels = st.lists(st.integers(-3, 3), min_size=1, max_size=8)
 
@@ -55,6 +57,15 @@ def test_what_is_not_a_partition_is_refused(groups: tuple[tuple[int, ...], ...])
         Grouping(groups)
 
 
+@pytest.mark.parametrize(
+    "groups", [1, None, "ab", [], ["ab"], [1], [["a", "b"], []], [[["a"], "b"]], [["a"], None], {"a": "b"}]
+)
+def test_what_is_no_list_of_lists_of_names_is_refused(groups: Any) -> None:
+    tasks = TaskSet(Task(name=name, kind=TaskKind.BINARY) for name in "ab")
+    with pytest.raises(ValueError, match=r"grouping: (must be a list of lists of task names|each of)"):
+        Grouping.from_names(groups, tasks)
+
+
 @pytest.mark.parametrize("groups", [[["a"]], [["a", "b"], ["b"]], [["a", "b", "c"]], [["a", "a", "b"]]])
 def test_names_that_are_not_a_partition_are_refused(groups: list[list[str]]) -> None:
     tasks = TaskSet(Task(name=name, kind=TaskKind.BINARY) for name in "ab")
@@ -72,6 +83,9 @@ def test_names_that_are_not_a_partition_are_refused(groups: list[list[str]]) -> 
         ("weight", 0.0),
         ("weight", -1.0),
         ("weight", float("nan")),
+        ("weight", 1e39),
+        *((name, value) for name in ("outputs", "weight") for value in NO_NUMBERS),
+        *((name, value) for name in ("name", "kind", "metric", "loss") for value in (None, 1, ["a"])),
     ],
 )
 def test_a_task_that_breaks_a_rule_is_refused_by_its_fields_name(field: str, value: object) -> None:
