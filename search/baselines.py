@@ -43,7 +43,8 @@ def yardstick_keys(plan: Plan) -> list[ReferenceKey]:
             data=plan.data_fingerprint,
             task=task.name,
             backbone=json.dumps([candidate.backbone, sizes], sort_keys=True),
-            recipe=json.dumps(recipe, sort_keys=True),
+            # On a GPU networks are trained in another precision, and answer in another time.
+            recipe=json.dumps({**recipe, "gpu": plan.spec.resources.gpus > 0}, sort_keys=True),
             epochs=plan.spec.budget.epochs,
             seed=seed,
         )

@@ -12,6 +12,38 @@ from coterie.search.space import backbone_dimensions, json_schema, schema_of
 # What the catalogue shows of a family's space without a job: with this many tasks.
 EXAMPLE_TASKS = 8
 
+# Title and description of each family, for those who choose one without reading its code.
+FAMILY_WORDS = {
+    "single": ("One network per task", "Every task has a network of its own; nothing is shared."),
+    "shared": ("One shared network", "All tasks share one network, each with a head of its own."),
+    "grouped": (
+        "Groups, given or searched",
+        "The tasks of a group share one network; which tasks go together is given by the job or searched.",
+    ),
+    "dmtg": (
+        "Groups learned in training (DMTG)",
+        "One training learns which tasks go together, and a network for each group of them.",
+    ),
+    "interrogate": (
+        "Gates between shared and own channels (InterroGate)",
+        "For each channel of each layer, a task learns whether it reads the shared one or one of its own.",
+    ),
+    "etr_nlp": (
+        "Fixed filters and reserved channels (ETR-NLP)",
+        "Filters are fixed rather than learned, and a set share of the channels is every task's, the rest "
+        "one task's each.",
+    ),
+    "affinity": (
+        "Groups by measured affinity",
+        "It measures how much the tasks help each other, groups them by that, and trains a network for each "
+        "group.",
+    ),
+    "dmtg+interrogate": (
+        "Learned groups, then gates (DMTG and InterroGate)",
+        "It first learns which tasks go together, then which channels each shares within its group.",
+    ),
+}
+
 
 def datasets() -> list[dict[str, Any]]:
     """The registered sources with their tasks and the schema of their options."""
@@ -48,11 +80,11 @@ def families() -> list[dict[str, Any]]:
     return [
         {
             "name": name,
-            "title": family.__name__,
-            "description": _first_line(family),
+            "title": FAMILY_WORDS[name][0],
+            "description": FAMILY_WORDS[name][1],
             "schema": json_schema(name, list(BACKBONES), EXAMPLE_TASKS),
         }
-        for name, family in FAMILIES.items()
+        for name in FAMILIES
     ]
 
 

@@ -20,7 +20,7 @@ from optuna.trial import TrialState as OptunaState
 from optuna.trial import create_trial
 
 from coterie.models.tasks import Direction
-from coterie.search.space import Choices, Dimension, Space, Value
+from coterie.search.space import Choices, Dimension, Space, Value, default_of
 from coterie.search.spec import ConstraintSpec
 from coterie.search.store import Candidate, Trial, TrialState
 
@@ -78,7 +78,7 @@ class OptunaSampler:
         """The candidate of trial `number`, and the choices that `tell` needs of it later."""
         if number < len(self._first):
             choices = dict(self._first[number])
-            return self._space.walk(_recall(choices, {})), choices
+            return self._space.walk(_recall(choices, {}, {})), choices
         self._study.sampler = self._make(derive_seed(self._seed, "ask", number))
         self._recall_parents(self._study.sampler)
         trial = self._study.ask()
@@ -106,11 +106,12 @@ class OptunaSampler:
         choices = dict(trial.choices)
         attributes = choices.pop(ATTRIBUTES, {})
         distributions: dict[str, BaseDistribution] = {}
-        self._space.walk(_recall(choices, distributions))
+        answers: dict[str, Value] = {}
+        self._space.walk(_recall(choices, distributions, answers))
         told = create_trial(
             state=state,
             values=values,
-            params={name: choices[name] for name in distributions},
+            params=answers,
             distributions=distributions,
             system_attrs=attributes,
             constraints=constraints,
@@ -175,13 +176,16 @@ def _distribution(dimension: Dimension) -> BaseDistribution:
 
 
 def _recall(
-    choices: Mapping[str, Any], distributions: dict[str, BaseDistribution]
+    choices: Mapping[str, Any], distributions: dict[str, BaseDistribution], answers: dict[str, Value]
 ) -> Callable[[str, Dimension], Value]:
-    """Answer from `choices`, noting the distribution that each was drawn from."""
+    """Answer from `choices`, noting each answer and the distribution that it was drawn from.
+
+    A dimension that a newer version has added was at its default.
+    """
 
     def choose(name: str, dimension: Dimension) -> Value:
         distributions[name] = _distribution(dimension)
-        value: Value = choices[name]
-        return value
+        answers[name] = choices.get(name, default_of(dimension))
+        return answers[name]
 
     return choose

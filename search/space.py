@@ -8,7 +8,7 @@ order, and what it answers decides which dimensions follow. So the choices alone
 import itertools
 import json
 import math
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -66,7 +66,7 @@ class Dimension:
     domain: Choices | Range
     default: Value
     description: str
-    searched: Choices | Range | None = None
+    searched: Choices | None = None
     stands_for: Mapping[Any, Any] = field(default_factory=dict)
 
     @property
@@ -129,8 +129,7 @@ RECIPE = (
         default="fixed",
         # The others take a backward pass for each task.
         searched=Choices(("fixed", "uncertainty", "dwa", "random")),
-        description="How the tasks' losses or gradients are combined; what aggregates gradients is tried "
-        "only where a job names it.",
+        description="How the tasks' losses or gradients are combined.",
     ),
 )
 
@@ -212,10 +211,10 @@ _DMTG = (
     ),
     _option(
         "scaling",
-        Choices(("off", "intended", "as_released")),
-        "off",
-        "Scaling of the gradients between prefix, branches and heads (the paper's choice for dense tasks: "
-        "intended).",
+        Choices(("auto", "off", "intended", "as_released")),
+        "auto",
+        "Scaling of the gradients between prefix, branches and heads; auto is the paper's choice, intended "
+        "where a task is dense.",
     ),
     _option("entropy_weight", Range(0.0, 10.0), 0.0, "Strength of the entropy term of the released code."),
 )
@@ -328,7 +327,8 @@ def family_dimensions(family: str, backbone: str, tasks: int) -> tuple[Dimension
         name="groups",
         domain=Choices(tuple(range(2, min(tasks, GREATEST_GROUPS) + 1))),
         default=2,
-        description="Number of groups (where they are learned: the greatest number).",
+        description="Number of groups (where they are learned: the greatest number); at most the number of "
+        "tasks.",
     )
     split = Dimension(
         name="split",
@@ -493,9 +493,12 @@ def make_space(
 ) -> Space:
     """Narrow the families' dimensions to what the job wants, and check that it can be built.
 
+    What a dimension may be differs between backbones. Each one keeps those of the values wanted that it has;
+    one that has none of them is not narrowed.
+
     Raises:
-        SpaceError: If it names a family or dimension that is not searched, or a value outside its domain, or
-            the input, the tasks, a backbone and a size don't go together.
+        SpaceError: If it names a family or dimension that is not searched, or a value that no backbone of the
+            job has, or the input, the tasks, a backbone and a size don't go together.
     """
     for family in wanted:
         if family not in families:
@@ -517,26 +520,19 @@ def make_space(
                     ["space", family, "groups"], "'grouping' says the groups: give one of the two"
                 )
             groupings = _read_groupings(given, tasks)
+        own = {backbone: dimensions(family, backbone, len(tasks)) for backbone in backbones}
+        narrowed = {name: _narrow(family, name, own, domain) for name, domain in narrowing.items()}
         for number, backbone in enumerate(backbones):
-            known = dimensions(family, backbone, len(tasks))
-            for name in narrowing:
-                if name not in known:
-                    raise SpaceError(
-                        ["space", family, name], f"'{family}' has no '{name}'; it has {sorted(known)}"
-                    )
-            narrowed = {
-                name: _narrow(dimension, narrowing[name], ["space", family, name])
-                if name in narrowing
-                else dimension.unnamed
-                for name, dimension in known.items()
-            }
-            _check_split(family, backbone, narrowed)
-            _check_sizes(family, backbone, number, narrowed, tasks, input_shape)
-            if family == "etr_nlp":
-                fitting = _fitting_gammas(backbone, narrowed, narrowing.keys(), tasks, input_shape)
-                narrowed["width"] = _only(narrowed["width"], list(fitting))
-                gammas |= {(backbone, width): values for width, values in fitting.items()}
-            table[family, backbone] = narrowed
+            row = {name: dimension.unnamed for name, dimension in own[backbone].items()}
+            row |= {name: on[backbone] for name, on in narrowed.items() if backbone in on}
+            _check_split(family, backbone, row)
+            _check_sizes(family, backbone, number, row, tasks, input_shape)
+            table[family, backbone] = row
+        if family == "etr_nlp":
+            rows = {backbone: table[family, backbone] for backbone in backbones}
+            gammas = _fitting_gammas(rows, narrowed, narrowing, tasks, input_shape)
+            for backbone, row in rows.items():
+                row["width"] = _only(row["width"], [width for name, width in gammas if name == backbone])
     return Space(
         families=tuple(families),
         backbones=tuple(backbones),
@@ -608,13 +604,21 @@ def schema_of(dimensions: Iterable[Dimension]) -> dict[str, Any]:
                 "minimum": domain.low,
                 "maximum": domain.high,
             }
-        fixed = dimension.searched == Choices((dimension.default,))
-        rest = " At its default unless the job names it." if fixed else ""
         properties[dimension.name] = about | {
             "default": dimension.default,
-            "description": dimension.description + rest,
+            "description": dimension.description + _words_for_unnamed(dimension),
         }
     return {"type": "object", "properties": properties, "additionalProperties": False}
+
+
+def _words_for_unnamed(dimension: Dimension) -> str:
+    """What a job tries that does not name the dimension, where that is not the whole domain."""
+    searched = dimension.searched
+    if searched is None:
+        return ""
+    if searched.values == (dimension.default,):
+        return " Stays at its default unless the job names it."
+    return f" Unless the job names it: {', '.join(map(str, searched.values))}."
 
 
 def whole_values(domain: Choices | Range) -> list[int]:
@@ -686,70 +690,143 @@ def _size_choices(backbone: str, table: Mapping[str, Dimension]) -> Iterator[dic
 
 
 def _fitting_gammas(
-    backbone: str,
-    table: Mapping[str, Dimension],
-    named: Collection[str],
+    table: Mapping[str, Mapping[str, Dimension]],
+    narrowed: Mapping[str, Mapping[str, Dimension]],
+    wanted: Mapping[str, Domain],
     tasks: TaskSet,
     input_shape: tuple[int, ...],
-) -> dict[Value, tuple[Value, ...]]:
-    """For each width that leaves every part its channels at some gamma, the values of gamma that do so.
+) -> dict[tuple[str, Value], tuple[Value, ...]]:
+    """For each backbone and width that leave every part its channels at some gamma, the gammas that do so.
+
+    Args:
+        table: backbone -> dimension name -> the dimension as narrowed.
+        narrowed: Name of a dimension -> the backbones on which the job narrows it.
+        wanted: What the job names.
+        tasks: The job's tasks.
+        input_shape: Of one sample.
 
     Raises:
-        SpaceError: If no width is left, or one is not that the job names.
+        SpaceError: If a backbone has no such width, or a width that the job names has no such gamma, or a
+            gamma that it names no such width on any backbone.
     """
-    gamma, own_width = table["gamma"].domain, table["own_width"].domain
-    assert isinstance(gamma, Choices)
-    assert isinstance(own_width, Choices)
-    fitting: dict[Value, tuple[Value, ...]] = {}
-    refused = ""
-    for sizes in _size_choices(backbone, table):
-        built = BACKBONES[backbone](input_shape=input_shape, **sizes)
-        found = []
-        for value in gamma.values:
-            try:
-                for own in own_width.values:
-                    check_routing(built, tasks, gamma=float(value), own_width=str(own))  # type: ignore[arg-type]
-            except ValueError as error:
-                refused = str(error)
-            else:
-                found.append(value)
-        if found:
-            fitting[sizes["width"]] = tuple(found)
-        elif "width" in named:
-            raise SpaceError(["space", "etr_nlp", "width"], refused)
-    if not fitting:
-        raise SpaceError(["space", "etr_nlp", "gamma" if "gamma" in named else "width"], refused)
+    path = ["space", "etr_nlp"]
+    fitting: dict[tuple[str, Value], tuple[Value, ...]] = {}
+    refused: dict[Value, str] = {}
+    for backbone, row in table.items():
+        gamma, own_width = row["gamma"].domain, row["own_width"].domain
+        assert isinstance(gamma, Choices)
+        assert isinstance(own_width, Choices)
+        fits = False
+        for sizes in _size_choices(backbone, row):
+            built = BACKBONES[backbone](input_shape=input_shape, **sizes)
+            found = []
+            for value in gamma.values:
+                try:
+                    for own in own_width.values:
+                        check_routing(built, tasks, gamma=float(value), own_width=str(own))  # type: ignore[arg-type]
+                except ValueError as error:
+                    refused[value] = reason = str(error)
+                else:
+                    found.append(value)
+            if found:
+                fits = True
+                fitting[backbone, sizes["width"]] = tuple(found)
+            elif backbone in narrowed.get("width", {}):
+                raise SpaceError([*path, "width"], reason)
+        if not fits:
+            raise SpaceError([*path, "gamma" if "gamma" in wanted else "width"], reason)
+    for value, place in _places(wanted.get("gamma", []), [*path, "gamma"]):
+        if not any(value in gammas for gammas in fitting.values()):
+            raise SpaceError(place, f"gamma {value} fits no width that is tried; {refused[value]}")
     return fitting
 
 
-def _narrow(dimension: Dimension, wanted: Domain, path: list[str | int]) -> Dimension:
-    domain = dimension.domain
+def _narrow(
+    family: str, name: str, own: Mapping[str, Mapping[str, Dimension]], wanted: Domain
+) -> dict[str, Dimension]:
+    """Narrow a dimension on each backbone that has some of the values wanted, to these.
+
+    Args:
+        family: Its family.
+        name: Its name.
+        own: backbone -> dimension name -> the dimension, for every backbone of the job.
+        wanted: What the job wants.
+
+    Raises:
+        SpaceError: If no backbone has the dimension, or one of the values.
+    """
+    path = ["space", family, name]
+    on = {backbone: known[name] for backbone, known in own.items() if name in known}
+    if not on:
+        raise SpaceError(path, f"'{family}' has no '{name}'; it has {sorted(set().union(*own.values()))}")
     if isinstance(wanted, Interval):
+        return _narrow_range(on, wanted, path)
+    found: dict[str, list[Value]] = {}
+    for value, place in _places(wanted, path):
+        for backbone, held in _held(on, value, place).items():
+            found.setdefault(backbone, []).append(held)
+    return {
+        backbone: replace(on[backbone], domain=Choices(tuple(dict.fromkeys(values))), searched=None)
+        for backbone, values in found.items()
+    }
+
+
+def _narrow_range(
+    on: Mapping[str, Dimension], wanted: Interval, path: Sequence[str | int]
+) -> dict[str, Dimension]:
+    """Narrow a dimension to a range, on each backbone that has a part of it."""
+    found: dict[str, Dimension] = {}
+    for backbone, dimension in on.items():
+        domain = dimension.domain
         if isinstance(domain, Choices):
             raise SpaceError(
                 path, f"'{dimension.name}' takes one or several of {list(domain.values)}, not a range"
             )
-        low, high = (float(_check(dimension, bound, path)) for bound in (wanted.low, wanted.high))
-        narrowed: Choices | Range = Range(low, high, log=domain.log, integer=domain.integer)
-    elif isinstance(wanted, list):
-        values = [_check(dimension, value, [*path, index]) for index, value in enumerate(wanted)]
-        narrowed = Choices(tuple(dict.fromkeys(values)))
-    else:
-        narrowed = Choices((_check(dimension, wanted, path),))
-    return replace(dimension, domain=narrowed, searched=None)
+        low, high = max(wanted.low, domain.low), min(wanted.high, domain.high)
+        if low <= high:
+            found[backbone] = replace(dimension, domain=replace(domain, low=low, high=high), searched=None)
+    for bound in (wanted.low, wanted.high):
+        _held(on, bound, path)
+    return found
 
 
-def _check(dimension: Dimension, value: object, path: list[str | int]) -> Value:
+def _places(wanted: Domain, path: Sequence[str | int]) -> Iterator[tuple[Any, Sequence[str | int]]]:
+    """The values that a job names, each with its path."""
+    if not isinstance(wanted, list):
+        yield wanted, path
+        return
+    for index, value in enumerate(wanted):
+        yield value, [*path, index]
+
+
+def _held(on: Mapping[str, Dimension], value: object, path: Sequence[str | int]) -> dict[str, Value]:
+    """Give the value as the dimension has it on each backbone that has it; SpaceError where none has."""
+    held: dict[str, Value] = {}
+    refused: dict[str, list[str]] = {}
+    for backbone, dimension in on.items():
+        try:
+            held[backbone] = _check(dimension, value)
+        except ValueError as error:
+            refused.setdefault(str(error), []).append(backbone)
+    if not held:
+        one_rule = len(refused) == 1
+        raise SpaceError(
+            path, "; ".join(rule if one_rule else f"{rule} on {names}" for rule, names in refused.items())
+        )
+    return held
+
+
+def _check(dimension: Dimension, value: object) -> Value:
     """Give the value as the domain has it: 24.0 is 24 where only whole numbers are meant."""
     domain = dimension.domain
     if isinstance(domain, Choices):
         if isinstance(value, bool | list) or value not in domain.values:
-            raise SpaceError(path, f"'{dimension.name}' must be among {list(domain.values)}")
+            raise ValueError(f"'{dimension.name}' must be among {list(domain.values)}")
         return domain.values[domain.values.index(value)]
     number = value if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
     if not domain.low <= number <= domain.high or (domain.integer and number != int(number)):
         kind = "a whole number" if domain.integer else "a number"
-        raise SpaceError(path, f"'{dimension.name}' must be {kind} from {domain.low:g} to {domain.high:g}")
+        raise ValueError(f"'{dimension.name}' must be {kind} from {domain.low:g} to {domain.high:g}")
     return int(number) if domain.integer else float(number)
 
 

@@ -33,6 +33,7 @@ from coterie.search.space import build_candidate, recipe_of
 from coterie.search.store import Candidate, Ending, Measurement, Reference, StoredFile, TrialState
 
 CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT_FORMAT = "2"  # of its tensors' names; another version's are not read
 MEASUREMENTS_KEPT = 100  # in a checkpoint: far more than a driver has waiting to be recorded
 EVALUATED_NUMBERS = 2**20  # of inputs at once: few enough for a deep network's features to fit in memory
 
@@ -317,22 +318,28 @@ class Training:
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{CHECKPOINT}.{os.getpid()}.part"
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
-        save_file(contiguous, part, metadata={"training": json.dumps(about)})
+        metadata = {"format": CHECKPOINT_FORMAT, "training": json.dumps(about)}
+        save_file(contiguous, part, metadata=metadata)
         part.replace(folder / CHECKPOINT)
 
     def restore(self, folder: Path) -> list[Measurement]:
         """Go on from the checkpoint in `folder`.
 
         Returns:
-            The measurements of its last epochs, oldest first; empty without a checkpoint.
+            The measurements of its last epochs, oldest first; empty without a checkpoint of this version's
+            format: then the training begins anew.
         """
         path = folder / CHECKPOINT
         if not path.exists():
             return []
         with safe_open(path, framework="pt", device=str(self._bench.device)) as file:
-            about = json.loads(file.metadata()["training"])
+            metadata = file.metadata()
+            if metadata.get("format") != CHECKPOINT_FORMAT:
+                return []
+            about = json.loads(metadata["training"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         self.network.restore(_under("network.", tensors))
+        self.network.to(memory_format=self._format)
         self._balancer.load_state_dict(_under("balancer.", tensors))
         self._optimizer = self._fresh_optimizer()
         self._restore_optimizer(_under("optimizer.", tensors))

@@ -41,6 +41,24 @@ def test_all_that_is_registered_is_shown() -> None:
     assert names["metrics"] == set(METRICS)
 
 
+def test_every_family_has_a_title_and_a_sentence_that_need_no_code_to_be_read() -> None:
+    assert set(catalogue.FAMILY_WORDS) == set(FAMILIES)
+    titles = [title for title, _ in catalogue.FAMILY_WORDS.values()]
+    assert len(set(titles)) == len(titles)
+    for name, words in catalogue.FAMILY_WORDS.items():
+        for text in words:
+            assert "`" not in text
+            assert FAMILIES[name].__name__ not in text.split()
+    for entry in catalogue.families():
+        assert (entry["title"], entry["description"]) == catalogue.FAMILY_WORDS[entry["name"]]
+
+
+def test_the_greatest_number_of_groups_is_said_to_depend_on_the_tasks() -> None:
+    groups = [entry["schema"]["properties"].get("groups") for entry in catalogue.families()]
+    assert sum(group is not None for group in groups) == 4
+    assert all("at most the number of tasks" in group["description"] for group in groups if group)
+
+
 def test_a_source_shows_its_tasks_with_metric_and_direction() -> None:
     [digits] = [entry for entry in catalogue.datasets() if entry["name"] == "digits"]
     assert [task["name"] for task in digits["tasks"]] == list(Digits.tasks().names)

@@ -172,7 +172,7 @@ def test_a_candidate_that_raises_fails_alone_with_a_short_reason(drive: Drive) -
     }
     assert [trial.state for trial in by_family["shared"]] == [TrialState.COMPLETED] * 5
     for family, reason in (
-        ("dmtg", "ValueError: tau: must be a finite number above 0, found -1.0"),
+        ("dmtg", "ValueError: tau: must be a number from 0.001 to 1000, found -1.0"),
         ("single", "Diverged: the training loss is (nan|inf) in epoch [12]"),
     ):
         assert by_family[family]

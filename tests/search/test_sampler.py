@@ -288,3 +288,16 @@ def test_derived_seeds_depend_on_all_their_parts_and_fit_every_generator() -> No
 def test_derived_seeds_never_change_or_stored_jobs_would_go_on_differently() -> None:
     assert derive_seed(0, "trial", 0) == 1725501518
     assert derive_seed(7, "ask", 12) == 1511300303
+
+
+def test_a_trial_from_before_a_dimension_was_added_had_it_at_its_default(tasks: TaskSet) -> None:
+    search = Search(tasks, "tpe")
+    trials = search.run(range(20), search.sampler())
+    old = [
+        replace(
+            trial, choices={name: value for name, value in trial.choices.items() if "balancing" not in name}
+        )
+        for trial in trials
+    ]
+    assert [trial.choices for trial in old] != [trial.choices for trial in trials]
+    assert ask(search.sampler(old), 20).candidate.parameters

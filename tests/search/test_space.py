@@ -32,6 +32,7 @@ from coterie.search.space import (
     family_dimensions,
     json_schema,
     make_space,
+    schema_of,
 )
 from coterie.search.spec import EVERY_FAMILY, Domain, Interval
 from coterie.search.store import Candidate
@@ -375,6 +376,79 @@ def test_the_message_names_rule_and_values() -> None:
             space(["shared"], {"shared": wanted})
 
 
+# Several backbones
+
+TWO = ("mlp", "cnn")
+IMAGE = (3, 8, 8)
+
+
+def domains(
+    wanted: dict[str, Domain], name: str, family: str = "shared", backbones: tuple[str, ...] = TWO
+) -> list[Choices | Range | None]:
+    """What a dimension may be on each backbone."""
+    both = make_space([family], list(backbones), tasks_of(2), IMAGE, {family: wanted})
+    rows = [both.table[family, backbone] for backbone in backbones]
+    return [row[name].domain if name in row else None for row in rows]
+
+
+def test_each_backbone_keeps_the_values_that_it_has() -> None:
+    mlp, cnn = domains({}, "width")
+    assert domains({"width": 24}, "width") == [Choices((24,)), cnn]
+    assert domains({"width": [1, 0.25]}, "width") == [mlp, Choices((1.0, 0.25))]
+    assert domains({"width": [0.5, 96, 8]}, "width") == [Choices((96, 8)), Choices((0.5,))]
+    assert domains({"depth": 2}, "depth") == [Choices((2,)), None]
+    assert domains({"split": [1, 2]}, "split", "dmtg") == [Choices((1, 2)), Choices((1,))]
+    assert domains({"lr": 0.01}, "lr") == 2 * [Choices((0.01,))]
+
+
+def test_each_backbone_keeps_its_part_of_a_range() -> None:
+    split: dict[str, Domain] = {"split": Interval(low=1, high=2)}
+    assert domains(split, "split", "dmtg") == [Range(1, 2, integer=True), Range(1, 1, integer=True)]
+    split = {"split": Interval(low=2, high=2)}
+    assert domains(split, "split", "dmtg") == [Range(2, 2, integer=True), Range(0, 1, integer=True)]
+
+
+@given(
+    data=st.data(),
+    family=st.sampled_from(EVERY),
+    widths=st.lists(st.sampled_from((0.125, 0.25, 24, 48)), min_size=1),
+)
+@settings(max_examples=30)
+def test_whatever_is_drawn_on_several_backbones_can_be_built(
+    data: st.DataObject, family: str, widths: list[Value]
+) -> None:
+    both = make_space([family], list(TWO), tasks_of(2), IMAGE, {family: {"width": list(widths), "depth": 2}})
+    candidate = both.walk(drawn(data))
+    known = dimensions(family, candidate.backbone, 2)["width"].domain
+    assert isinstance(known, Choices)
+    assert candidate.parameters["width"] in (set(widths) & set(known.values) or known.values)
+    build_candidate(candidate, IMAGE, tasks_of(2))
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path", "message"),
+    [
+        (
+            {"width": 7},
+            ("width",),
+            r"among \[8, .*\] on \['mlp'\]; .* among \[0.125, .*\] on \['cnn', 'resnet20'\]",
+        ),
+        ({"width": [24, 0.25, 7]}, ("width", 2), "'width' must be among"),
+        ({"depth": 9}, ("depth",), r"'depth' must be among \[1, 2, 3\]$"),
+        ({"lr": 1}, ("lr",), "'lr' must be a number from 0.0001 to 0.03$"),
+        ({"split": Interval(low=1, high=99)}, ("split",), r"from 0 to 2 on \['mlp'\]"),
+        ({"split": Interval(low=0.5, high=1)}, ("split",), "'split' must be a whole number"),
+        ({"foo": 1}, ("foo",), "'dmtg' has no 'foo'; it has .*'depth'"),
+    ],
+)
+def test_a_value_that_no_backbone_has_is_refused(
+    wanted: dict[str, Domain], path: tuple[str | int, ...], message: str
+) -> None:
+    with pytest.raises(SpaceError, match=message) as found:
+        domains(wanted, "lr", "dmtg", (*TWO, "resnet20"))
+    assert found.value.path == ("space", "dmtg", *path)
+
+
 def test_narrowing_a_family_that_the_job_leaves_out_is_refused() -> None:
     with pytest.raises(SpaceError, match="'dmtg' is not among the job's families") as found:
         space(["shared"], {"dmtg": {"tau": 2}})
@@ -477,6 +551,27 @@ def test_a_schema_for_several_backbones_shows_what_differs_for_each() -> None:
     assert [form["title"] for form in shown["depth"]["anyOf"]] == ["mlp"]
 
 
+def test_the_schema_says_what_a_job_tries_that_does_not_name_the_dimension() -> None:
+    def words(family: str, name: str) -> str:
+        return str(json_schema(family, ["mlp"], 4)["properties"][name]["description"])
+
+    assert words("etr_nlp", "gamma").endswith(" Unless the job names it: 0.25, 0.5, 0.75, 1.0.")
+    assert words("dmtg", "fine_tune").endswith(" Unless the job names it: 0.0, 0.2.")
+    assert words("dmtg", "balancing").endswith(" Unless the job names it: fixed, uncertainty, dwa, random.")
+    assert words("single", "balancing").endswith(" Stays at its default unless the job names it.")
+    assert words("dmtg", "epsilon").endswith(" Stays at its default unless the job names it.")
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_only_what_is_tried_in_part_says_so(family: str) -> None:
+    known = dimensions(family, "mlp", 4)
+    shown = schema_of(known.values())["properties"]
+    for name, dimension in known.items():
+        assert ("unless the job names it" in shown[name]["description"].lower()) == (
+            dimension.unnamed.domain != dimension.domain
+        )
+
+
 # What goes together
 
 
@@ -542,6 +637,26 @@ def test_a_width_that_leaves_a_task_no_channel_is_refused_where_the_job_names_it
     with pytest.raises(SpaceError, match="'gamma' must be among") as found:
         routed_widths(gamma=0)
     assert found.value.path == ("space", "etr_nlp", "gamma")
+
+
+def test_a_share_that_fits_no_width_is_refused_where_the_job_names_it() -> None:
+    message = "gamma 0.9 fits no width that is tried; width: must give each layer at least 96 channels"
+    with pytest.raises(SpaceError, match=message) as found:
+        routed_widths(gamma=[0.5, 0.9], width=[24, 48])
+    assert found.value.path == ("space", "etr_nlp", "gamma", 1)
+    assert routed_widths(gamma=[0.5, 0.9], width=[24, 96]) == {24: {0.5}, 96: {0.5, 0.9}}
+    with pytest.raises(SpaceError, match="at least 96 channels") as found:
+        routed_widths(gamma=0.9, width=48)
+    assert found.value.path == ("space", "etr_nlp", "width")
+
+
+def test_a_share_may_fit_one_backbone_only() -> None:
+    wanted: dict[str, Domain] = {"width": [12, 24, 1], "gamma": [0.5, 0.9]}
+    both = make_space(["etr_nlp"], list(TWO), tasks_of(5), IMAGE, {"etr_nlp": wanted})
+    assert both.gammas == {("mlp", 12): (0.5,), ("mlp", 24): (0.5,), ("cnn", 1.0): (0.5, 0.9)}
+    assert both.table["etr_nlp", "cnn"]["width"].domain == Choices((1.0,))
+    unnamed = make_space(["etr_nlp"], list(TWO), tasks_of(5), IMAGE, {"etr_nlp": {"width": 1}})
+    assert {width for backbone, width in unnamed.gammas if backbone == "mlp"} >= {24, 96}  # its own are kept
 
 
 def test_names_stand_for_what_the_families_take() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -255,6 +256,17 @@ def test_there_is_nothing_to_restore_without_a_checkpoint(start: Start, tmp_path
     training = start()
     assert training.restore(tmp_path / "nowhere") == []
     assert training.epoch == 0
+
+
+def test_a_checkpoint_of_another_versions_format_is_left_alone(start: Start, tmp_path: Path) -> None:
+    training = start()
+    training.run_epoch()
+    training.save(tmp_path)
+    path = tmp_path / CHECKPOINT
+    safetensors.torch.save_file(safetensors.torch.load_file(path), path, metadata={"training": "{}"})
+    again = start()
+    assert again.restore(tmp_path) == []
+    assert again.epoch == 0
 
 
 def test_a_checkpoint_holds_no_more_than_the_latest_measurements(start: Start, tmp_path: Path) -> None:
