@@ -256,7 +256,10 @@ def export(
     server: Server = DEFAULT_URL,
 ) -> None:
     """Download a trial's network."""
-    wanted = form or (SUFFIXES.get(output.suffix) if output else None)
+    by_ending = SUFFIXES.get(output.suffix) if output else None
+    if form and by_ending and form != by_ending:
+        _fail(f"{output}: ends like {by_ending}, but --format asks for {form}")
+    wanted = form or by_ending
     target = output or Path(f"{trial}.{form}" if form else trial)
     with _connect(server) as client:
         found = client.trial(trial)

@@ -13,6 +13,8 @@ from typing import Literal
 
 Form = Literal["onnx", "pt2"]
 
+FAULTY = 2  # exit status of `coterie.models.convert`: the files are at fault
+WAIT_SECONDS = 30.0
 CONVERSION_SECONDS = 600.0  # a large network of many branches takes a minute; beyond this something hangs
 _ONE_AT_A_TIME = threading.Lock()  # each takes a core and a gigabyte
 
@@ -21,6 +23,14 @@ logger = logging.getLogger(__name__)
 
 class ConversionFailed(Exception):
     """A network could not be converted; the server's log says why."""
+
+
+class NotConvertible(Exception):
+    """The network's files are such that no conversion is possible; the message says why."""
+
+
+class ConversionBusy(Exception):
+    """Other conversions take too long to wait for."""
 
 
 def convert(folder: Path, form: Form) -> Path:
@@ -34,21 +44,28 @@ def convert(folder: Path, form: Form) -> Path:
         The file, complete.
 
     Raises:
-        ConversionFailed: If it can't be made.
+        NotConvertible: If the files are damaged, of another version, or too large for the form.
+        ConversionBusy: If others are made and this one had to wait for long.
+        ConversionFailed: If it can't be made for another reason.
     """
     file = folder / f"network.{form}"
     if file.exists():
         return file
-    with _ONE_AT_A_TIME:
+    # Whoever waits holds one of the server's threads.
+    if not _ONE_AT_A_TIME.acquire(timeout=WAIT_SECONDS):
+        raise ConversionBusy("other networks are being converted; try again in a minute")
+    try:
         if not file.exists():
-            _run([sys.executable, "-m", "coterie.models.convert", str(folder), form, str(file)], file)
+            _run(folder, form, file)
+    finally:
+        _ONE_AT_A_TIME.release()
     return file
 
 
-def _run(command: list[str], file: Path) -> None:
+def _run(folder: Path, form: Form, file: Path) -> None:
     try:
         done = subprocess.run(
-            command,
+            [sys.executable, "-m", "coterie.models.convert", str(folder), form, str(file)],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -58,6 +75,10 @@ def _run(command: list[str], file: Path) -> None:
     except subprocess.TimeoutExpired as error:
         logger.error("making %s took more than %g s", file, CONVERSION_SECONDS)
         raise ConversionFailed(f"{file.name} could not be made in {CONVERSION_SECONDS:g} s") from error
+    if done.returncode == FAULTY:
+        # Where the server keeps its files is no client's affair.
+        fault = done.stderr.strip().removeprefix(f"{folder}: ")
+        raise NotConvertible(f"there is no {form} of it: {fault}")
     if done.returncode != 0 or not file.exists():
         logger.error("making %s failed with code %d: %s", file, done.returncode, done.stderr)
         raise ConversionFailed(f"{file.name} could not be made; the server's log says why")

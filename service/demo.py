@@ -43,8 +43,9 @@ DASHBOARD_SECONDS = 10.0
 LOG_LINES = 20
 
 SEEDS = 3  # fresh trainings of each side of the test
-GROUPING_FAMILIES = ("grouped", "dmtg")
-RECIPE = ("depth", "lr", "weight_decay", "batch_size")  # what both sides of the test have in common
+GROUPING_FAMILIES = ("grouped", "affinity", "dmtg")
+# What both sides of the test have in common.
+RECIPE = ("depth", "lr", "weight_decay", "batch_size", "balancing")
 TEST_NAMES = {"grouped": "demo: the grouping", "shared": "demo: shared"}
 
 

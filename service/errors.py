@@ -16,7 +16,7 @@ from starlette.routing import Match
 from coterie.search.plan import Fault, SpecError, escape
 from coterie.service import schemas
 from coterie.service.body import LIMIT_POINTER, MalformedBody
-from coterie.service.conversion import ConversionFailed
+from coterie.service.conversion import ConversionBusy, ConversionFailed, NotConvertible
 from coterie.service.cursors import InvalidQuery
 from coterie.service.fronts import NoneFits
 from coterie.service.routes.reading import BodyTooLarge, WrongContentType
@@ -52,6 +52,10 @@ KINDS: Mapping[type[Exception], Kind] = {
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wrong-content-type", "The body is not sent as JSON"
     ),
     SpecError: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-spec", "The job can't be run as specified"),
+    NotConvertible: Kind(HTTPStatus.CONFLICT, "not-convertible", "The network has no such form"),
+    ConversionBusy: Kind(
+        HTTPStatus.SERVICE_UNAVAILABLE, "conversion-busy", "The server converts other networks"
+    ),
     ConversionFailed: Kind(
         HTTPStatus.INTERNAL_SERVER_ERROR, "conversion-failed", "The network can't be converted"
     ),

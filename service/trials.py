@@ -103,7 +103,7 @@ def convert_model(context: Context, trial_id: str, form: Form) -> Path:
 
     Raises:
         NotFound: If there is no such trial, it has not completed, or its files are gone.
-        ConversionFailed: If it can't be made.
+        NotConvertible, ConversionBusy, ConversionFailed: As `convert` says.
     """
     for name in (ARCHITECTURE_FILE, WEIGHTS_FILE):
         file, _ = find_file(context, trial_id, name)

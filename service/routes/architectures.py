@@ -15,6 +15,9 @@ from coterie.service.routes.parameters import NO_QUERY, ContextOf, Parameters, T
 
 router = APIRouter(prefix="/v1/trials/{trial_id}", tags=["architectures"])
 _ERRORS = problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND)
+_MODEL_ERRORS = problem_responses(
+    HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.SERVICE_UNAVAILABLE
+)
 _NOT_MODIFIED: dict[int | str, dict[str, Any]] = {
     304: {"description": "The client has this version, by If-None-Match"}
 }
@@ -50,7 +53,7 @@ def read_architecture(context: ContextOf, trial_id: TrialId, request: Request) -
     responses={
         200: {"content": {_MODEL_TYPE: {"schema": {"type": "string", "format": "binary"}}}},
         **_NOT_MODIFIED,
-        **_ERRORS,
+        **_MODEL_ERRORS,
     },
 )
 def read_model(

@@ -41,17 +41,23 @@ class Setting:
     families: dict[str, dict[str, Any]]
 
 
+def halves(bench: Bench) -> list[list[str]]:
+    """On `digits`: the tasks of the left digit, and those of the right one."""
+    names = list(bench.tasks.names)
+    return [names[: (len(names) + 1) // 2], names[(len(names) + 1) // 2 :]]
+
+
 def settings(which: str) -> Iterator[Setting]:
     digits = make_bench(Digits.tasks(), Digits.load(DigitsOptions()), cpus=1, gpus=0)
     groups = {"groups": 2, "split": 0}
     families: dict[str, dict[str, Any]] = {
         "single": {},
         "shared": {},
-        "grouped": {"grouping": [list(digits.tasks.names[:3]), list(digits.tasks.names[3:])]},
+        "grouped": {"grouping": halves(digits)},
         "affinity": {**groups},
-        "dmtg": {**groups, "logits_lr": 0.05, "fine_tune": 0.2},
+        "dmtg": {**groups, "init": "affinity", "fine_tune": 0.2},
         "interrogate": {"sparsity_weight": 0.1},
-        "dmtg+interrogate": {**groups, "logits_lr": 0.05, "sparsity_weight": 0.05},
+        "dmtg+interrogate": {"grouping": halves(digits), "split": 0, "sparsity_weight": 0.05},
         "etr_nlp": {"gamma": 0.5, "own_width": "full"},
     }
     yield Setting(
@@ -70,14 +76,16 @@ def settings(which: str) -> Iterator[Setting]:
         return
     tasks = TaskSet(task for task in Shapes.tasks() if task.kind in DENSE)
     dense = make_bench(tasks, ManyShapes.load(ShapesOptions()), cpus=1, gpus=0)
-    names = list(tasks.names)
     yield Setting(
         name="dense shapes, cnn",
         bench=dense,
         backbone="cnn",
         epochs=40,
         recipe=image,
-        families=families | {"grouped": {"grouping": [names[:2], names[2:]]}},
+        families={
+            name: parameters | ({"grouping": halves(dense)} if "grouping" in parameters else {})
+            for name, parameters in families.items()
+        },
     )
 
 

@@ -22,10 +22,12 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import combinations
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +38,7 @@ from coterie.models.cost import count_cost
 from coterie.models.families import DMTG, ETRNLP, InterroGate, MultiTaskNetwork, Shared
 from coterie.models.families.dmtg import gumbel_noise, gumbel_softmax
 from coterie.models.metrics import Evaluator
+from coterie.models.stacked import StackedMLP
 from coterie.models.tasks import Task, TaskKind, TaskSet
 from coterie.search.data.digits import Digits, DigitsOptions
 
@@ -191,7 +194,7 @@ def export_section(pairs: int) -> Iterator[str]:
         for share in (0.1, 0.3, 0.6):
             network = InterroGate(backbone=backbone, tasks=tasks)
             with torch.no_grad():
-                for alpha in network.gate_parameters():
+                for alpha in network.trunk.alphas:
                     alpha.copy_(torch.where(torch.rand_like(alpha) < share, 1.0, -1.0))
             gated = network.prune()
             macs = count_cost(gated, backbone.input_shape).macs
@@ -230,6 +233,44 @@ def routing_section(pairs: int) -> Iterator[str]:
         yield f"ETR-NLP, {name}, one forward over one a task (3): {pair_ratio(one, several, pairs):.2f}"
 
 
+def subsets_section(pairs: int) -> Iterator[str]:
+    """One epoch of all subsets; evaluation is left out on both sides."""
+    data = Digits.load(DigitsOptions())
+    tasks = Digits.tasks()
+    backbone = MLP(input_shape=data.input_shape, width=24, depth=2)
+    subsets = [c for size in range(1, len(tasks) + 1) for c in combinations(range(len(tasks)), size)]
+    inputs = (torch.tensor(data.train.inputs) - data.mean) / data.std
+    targets = {name: torch.tensor(values) for name, values in data.train.targets.items()}
+    generator = torch.Generator().manual_seed(0)
+
+    def epoch(network: Any, names: Sequence[str], optimizer: torch.optim.Adam, batch: int) -> None:
+        for index in torch.randperm(len(inputs), generator=generator).split(batch):
+            y = {name: targets[name][index] for name in names}
+            arguments = () if isinstance(network, StackedMLP) else (generator,)
+            loss = network.training_loss(inputs[index], y, *arguments)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+
+    def fresh(network: nn.Module) -> torch.optim.Adam:
+        return torch.optim.Adam(network.parameters(), lr=DIGITS_LR, fused=True)
+
+    stack = StackedMLP(backbone=backbone, tasks=tasks, subsets=subsets)
+    networks = [Shared(backbone=backbone, tasks=TaskSet(tasks[t] for t in subset)) for subset in subsets]
+    stack_optimizer, optimizers = fresh(stack), [fresh(network) for network in networks]
+    for batch in (32, 64, 256):
+
+        def stacked(batch: int = batch) -> None:
+            epoch(stack, tasks.names, stack_optimizer, batch)
+
+        def apart(batch: int = batch) -> None:
+            for network, optimizer in zip(networks, optimizers, strict=True):
+                epoch(network, network.tasks.names, optimizer, batch)
+
+        ratio = 1 / pair_ratio(stacked, apart, pairs)
+        yield f"63 subsets, batch {batch}: one after another over one stack: {ratio:.1f}"
+
+
 def memory_section(pairs: int) -> Iterator[str]:
     command = [sys.executable, __file__, "one-big-step"]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -261,6 +302,7 @@ SECTIONS: dict[str, Callable[[int], Iterator[str]]] = {
     "pruning": pruning_section,
     "export": export_section,
     "routing": routing_section,
+    "subsets": subsets_section,
     "memory": memory_section,
 }
 

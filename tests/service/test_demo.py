@@ -151,5 +151,5 @@ def test_the_built_in_job_is_what_it_says(live: LiveServer) -> None:
     spec = JobSpec.model_validate(built_in())
     assert spec.name == demo.NAME
     assert spec.dataset.options == {"samples": 4000}
-    assert spec.search.families == ["single", "shared", "grouped", "dmtg"]
+    assert spec.search.families == ["single", "shared", "grouped", "affinity", "dmtg", "interrogate"]
     assert live.submit(**built_in())

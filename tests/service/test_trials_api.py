@@ -129,9 +129,10 @@ def test_a_network_that_can_not_be_converted_is_a_problem_without_a_trace(
 ) -> None:
     """Its files are no network, which the process that converts them finds out."""
     server, job_id = searched
-    document = problem(server.client.get("/v1/trials/trial_0/model", params={"format": "onnx"}), 500)
-    assert document["type"] == "urn:coterie:problem:conversion-failed"
-    assert "Traceback" not in str(document)
+    document = problem(server.client.get("/v1/trials/trial_0/model", params={"format": "onnx"}), 409)
+    assert document["type"] == "urn:coterie:problem:not-convertible"
+    assert document["detail"].startswith("there is no onnx of it: architecture.json: must be")
+    assert str(server.settings.data_dir) not in str(document)
     folder = server.settings.artifacts_of(job_id) / "trials" / "trial_0"
     assert sorted(file.name for file in folder.iterdir()) == ["architecture.json", "weights.safetensors"]
 
