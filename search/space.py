@@ -29,6 +29,8 @@ GREATEST_GROUPS = 8  # more networks than that on one input are no grouping any 
 EXAMPLE_INPUT = (3, 32, 32)  # every backbone takes it, and none has another number of units on another input
 
 # Families whose tasks fall into groups: one task has nothing to group.
+# Families that a job may give their partition, and what there is to choose of each only without one.
+GIVEN_GROUPING = {"grouped": {"groups"}, "dmtg+interrogate": {"groups", "tau", "logits_lr", "group_share"}}
 GROUPING_FAMILIES = frozenset({"grouped", "dmtg", "affinity", "dmtg+interrogate"})
 
 
@@ -398,7 +400,7 @@ class Space:
         backbones: Names.
         tasks: The job's tasks.
         table: (family, backbone) -> dimension name -> the dimension as narrowed: its domain is what is tried.
-        groupings: The partitions that `grouped` may take, where the job gives them; empty for all.
+        groupings: The partitions that a family may take, by its name, where the job gives them.
         gammas: (backbone, width) -> the values of `etr_nlp`'s gamma that leave every part its channels.
     """
 
@@ -406,7 +408,7 @@ class Space:
     backbones: tuple[str, ...]
     tasks: TaskSet
     table: Mapping[tuple[str, str], Mapping[str, Dimension]]
-    groupings: tuple[Grouping, ...] = ()
+    groupings: Mapping[str, tuple[Grouping, ...]] = field(default_factory=dict)
     gammas: Mapping[tuple[str, Value], tuple[Value, ...]] = field(default_factory=dict)
 
     def walk(self, choose: Choose) -> Candidate:
@@ -416,12 +418,12 @@ class Space:
         prefix = f"{family}.{backbone}"
         parameters: dict[str, Any] = {}
         for dimension in self.table[family, backbone].values():
-            if dimension.name == "groups" and family == "grouped" and self.groupings:
+            if family in self.groupings and dimension.name in GIVEN_GROUPING[family]:
                 continue
             name, fitted = self._fit(dimension, family, backbone, parameters)
             parameters[dimension.name] = _ask(choose, f"{prefix}.{name}", fitted)
-        if family == "grouped":
-            grouping = self._choose_grouping(choose, f"{family}.grouping", parameters.pop("groups", None))
+        if family == "grouped" or family in self.groupings:
+            grouping = self._choose_grouping(choose, family, parameters.pop("groups", None))
             parameters["grouping"] = grouping.names(self.tasks)
         return Candidate(family=family, backbone=backbone, parameters=parameters)
 
@@ -461,14 +463,15 @@ class Space:
             return f"gamma in {', '.join(map(str, fitting))}", _only(dimension, fitting)
         return dimension.name, dimension
 
-    def _choose_grouping(self, choose: Choose, name: str, groups: Any) -> Grouping:
+    def _choose_grouping(self, choose: Choose, family: str, groups: Any) -> Grouping:
         """One of the job's partitions, or any canonical one of `groups` groups, task by task.
 
         The labels of the tasks form a restricted growth string, in which each canonical partition is written
         exactly once; so a sampler learns "with the first task or not" for each task by itself.
         """
-        if self.groupings:
-            texts = tuple(json.dumps(grouping.labels) for grouping in self.groupings)
+        name = f"{family}.grouping"
+        if family in self.groupings:
+            texts = tuple(json.dumps(grouping.labels) for grouping in self.groupings[family])
             return Grouping.from_labels(json.loads(str(_ask(choose, name, _among("grouping", texts)))))
         labels: list[int] = []
         opened = 0
@@ -509,17 +512,17 @@ def make_space(
         if family in GROUPING_FAMILIES and len(tasks) < 2:
             raise SpaceError(["families"], f"family '{family}' needs at least two tasks, found {len(tasks)}")
     table: dict[tuple[str, str], dict[str, Dimension]] = {}
-    groupings: tuple[Grouping, ...] = ()
+    groupings: dict[str, tuple[Grouping, ...]] = {}
     gammas: dict[tuple[str, Value], tuple[Value, ...]] = {}
     for family in families:
         narrowing = dict(wanted.get(family, {}))
-        given = narrowing.pop("grouping", None) if family == "grouped" else None
+        given = narrowing.pop("grouping", None) if family in GIVEN_GROUPING else None
         if given is not None:
-            if "groups" in narrowing:
+            for name in GIVEN_GROUPING[family] & narrowing.keys():
                 raise SpaceError(
-                    ["space", family, "groups"], "'grouping' says the groups: give one of the two"
+                    ["space", family, name], f"'grouping' says the groups: give no '{name}' beside it"
                 )
-            groupings = _read_groupings(given, tasks)
+            groupings[family] = _read_groupings(family, given, tasks)
         own = {backbone: dimensions(family, backbone, len(tasks)) for backbone in backbones}
         narrowed = {name: _narrow(family, name, own, domain) for name, domain in narrowing.items()}
         for number, backbone in enumerate(backbones):
@@ -582,11 +585,12 @@ def json_schema(family: str, backbones: Sequence[str], tasks: int) -> dict[str, 
             properties[name] = {"anyOf": [{"title": ", ".join(names), **form} for names, form in forms]}
         else:
             properties[name] = form
-    if family == "grouped":
+    if family in GIVEN_GROUPING:
+        otherwise = "all are tried" if family == "grouped" else "it is learned"
         properties["grouping"] = {
             "type": "array",
             "items": {"type": "array", "items": {"type": "string"}, "minItems": 1},
-            "description": "The partition of the tasks, as lists of their names; by default all are tried.",
+            "description": f"The partition of the tasks, as lists of their names; by default {otherwise}.",
         }
     return {"type": "object", "properties": properties, "additionalProperties": False}
 
@@ -830,8 +834,8 @@ def _check(dimension: Dimension, value: object) -> Value:
     return int(number) if domain.integer else float(number)
 
 
-def _read_groupings(given: Domain, tasks: TaskSet) -> tuple[Grouping, ...]:
-    path: list[str | int] = ["space", "grouped", "grouping"]
+def _read_groupings(family: str, given: Domain, tasks: TaskSet) -> tuple[Grouping, ...]:
+    path: list[str | int] = ["space", family, "grouping"]
     if isinstance(given, list) and all(_is_list_of(str, entry) for entry in given):
         return (_read_grouping(given, tasks, path),)
     if isinstance(given, list) and all(_is_list_of(list, entry) for entry in given):

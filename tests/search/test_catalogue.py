@@ -88,12 +88,15 @@ def test_what_a_family_shows_can_be_asked_for(family: str, make_job: Callable[..
     make_plan(make_job(search={"families": [family], "space": {family: space}}))
 
 
-def test_a_grouping_can_be_asked_for_in_the_form_that_is_shown(make_job: Callable[..., JobSpec]) -> None:
-    [entry] = [entry for entry in catalogue.families() if entry["name"] == "grouped"]
+@pytest.mark.parametrize("family", ["grouped", "dmtg+interrogate"])
+def test_a_grouping_can_be_asked_for_in_the_form_that_is_shown(
+    family: str, make_job: Callable[..., JobSpec]
+) -> None:
+    [entry] = [entry for entry in catalogue.families() if entry["name"] == family]
     assert entry["schema"]["properties"]["grouping"]["items"]["items"] == {"type": "string"}
     sides = [[name for name in Digits.tasks().names if name.startswith(side)] for side in ("left", "right")]
-    plan = make_plan(make_job(search={"families": ["grouped"], "space": {"grouped": {"grouping": sides}}}))
-    assert [grouping.names(plan.tasks) for grouping in plan.space.groupings] == [sides]
+    plan = make_plan(make_job(search={"families": [family], "space": {family: {"grouping": sides}}}))
+    assert [grouping.names(plan.tasks) for grouping in plan.space.groupings[family]] == [sides]
 
 
 def test_planned_metrics_are_not_shown_and_every_task_has_its_own() -> None:

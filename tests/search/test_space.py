@@ -161,6 +161,8 @@ def test_a_candidate_is_made_of_what_the_catalogue_shows(
     shown = set(schema["properties"])
     if candidate.family == "grouped":
         shown.remove("groups")  # it decides the grouping, and is told by it
+    if candidate.family == "dmtg+interrogate":
+        shown.remove("grouping")  # only a job that gives one has it
     assert set(candidate.parameters) == shown
     for name, value in candidate.parameters.items():
         if name != "grouping":
@@ -346,6 +348,7 @@ def test_a_whole_number_may_be_written_with_a_point(
         ("dmtg", {"groups": 5}, ("dmtg", "groups")),
         ("dmtg", {"groups": 1}, ("dmtg", "groups")),
         ("dmtg", {"depth": 1, "split": 1}, ("dmtg", "split")),
+        ("dmtg+interrogate", {"grouping": [["a"], ["b", "c", "d"]], "tau": 2.0}, ("dmtg+interrogate", "tau")),
         ("grouped", {"grouping": "a|bcd"}, ("grouped", "grouping")),
         ("grouped", {"grouping": [["a", "b"], ["c"]]}, ("grouped", "grouping")),
         ("grouped", {"grouping": [["a", "b"], ["c", "d"]], "groups": 2}, ("grouped", "groups")),
@@ -475,10 +478,13 @@ def test_the_other_families_take_one_task(family: str, data: st.DataObject) -> N
 GIVEN = [[["a", "b"], ["c", "d"]], [["d"], ["a", "c", "b"]], [["c", "d"], ["b", "a"]]]
 
 
+@pytest.mark.parametrize("family", ["grouped", "dmtg+interrogate"])
 @given(data=st.data())
-def test_given_groupings_are_the_only_ones_and_equal_ones_count_once(data: st.DataObject) -> None:
-    narrowed = space(["grouped"], {"grouped": {"grouping": GIVEN}})  # type: ignore[dict-item]
-    assert len(narrowed.groupings) == 2
+def test_given_groupings_are_the_only_ones_and_equal_ones_count_once(
+    family: str, data: st.DataObject
+) -> None:
+    narrowed = space([family], {family: {"grouping": GIVEN}})  # type: ignore[dict-item]
+    assert len(narrowed.groupings[family]) == 2
     candidate = narrowed.walk(drawn(data))
     assert candidate.parameters["grouping"] in ([["a", "b"], ["c", "d"]], [["a", "b", "c"], ["d"]])
     build_candidate(candidate, INPUT_SHAPE, tasks_of(4))

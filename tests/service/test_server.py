@@ -32,7 +32,10 @@ def test_the_catalogue_describes_what_a_spec_can_name(
 
 def test_the_catalogue_lists_a_sources_tasks(client: httpx.Client) -> None:
     tasks = client.get("/v1/datasets").json()["items"][0]["tasks"]
+    metrics = tasks[0].pop("metrics")
     assert tasks[0] == {"name": "left_parity", "kind": "binary", "metric": "error", "direction": "minimize"}
+    assert [metric["name"] for metric in metrics] == ["error", "accuracy", "auc", "f1"]
+    assert metrics[0] == {"name": "error", "direction": "minimize", "unit": "1"}
     assert len(tasks) == 6
 
 
