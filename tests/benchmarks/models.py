@@ -153,16 +153,18 @@ def train_dmtg(epochs: int, **parameters: object) -> tuple[float, float, tuple[t
 
 
 def pruning_section(pairs: int, epochs: int = 20) -> Iterator[str]:
-    ratios, pruned_errors, plain_errors = [], [], []
-    for _ in range(max(1, min(pairs, 3))):
-        pruned = train_dmtg(epochs, groups=3, logits_lr=0.05, epsilon=0.25)
-        plain = train_dmtg(epochs, groups=3, logits_lr=0.05)
-        ratios.append(pruned[0] / plain[0])
-        pruned_errors.append(pruned[1])
-        plain_errors.append(plain[1])
-    yield f"DMTG run with progressive pruning over one without: {median(ratios):.2f}"
-    yield f"  test error with {median(pruned_errors):.2f} %, without {median(plain_errors):.2f} %"
-    yield f"  groups with {pruned[2]}, without {plain[2]}"
+    """What is saved are branches: at K=3 every group stays in use, at K=6 (as many as tasks) some don't."""
+    for groups in (3, 6):
+        settings = {"groups": groups, "tau": 1.0, "logits_lr": 0.1}
+        runs = [
+            [train_dmtg(epochs, epsilon=0.7 / groups, **settings), train_dmtg(epochs, **settings)]
+            for _ in range(max(1, min(pairs, 3)))
+        ]
+        ratio = median(pruned[0] / plain[0] for pruned, plain in runs)
+        (_, pruned_error, pruned_groups), (_, plain_error, plain_groups) = runs[0]  # equal in each pair
+        yield f"DMTG run of {groups} groups with progressive pruning over one without: {ratio:.2f}"
+        yield f"  test error {pruned_error:.2f} % over {plain_error:.2f} %"
+        yield f"  groups {pruned_groups} over {plain_groups}"
 
 
 def dense_of_macs(backbone: Backbone, tasks: TaskSet, macs: int) -> tuple[nn.Module, int]:
