@@ -131,7 +131,7 @@ def show_front(console: Console, front: Document) -> None:
             point["family"],
             _spell(point["grouping"], letters),
             *(figure(metric, point["values"].get(metric)) for metric in metrics),
-            figure("test error", mean_error(point["test"], point["grouping"])),
+            figure("test error", mean_error(point["test"])),
         )
     _show(console, table)
     if letters:
@@ -159,10 +159,10 @@ def front_metrics(front: Document) -> list[str]:
     return list(dict.fromkeys([*objectives, "macs", "params"]))
 
 
-def mean_error(values: Mapping[str, float | None], grouping: Sequence[Sequence[str]] | None) -> float | None:
+def mean_error(values: Mapping[str, float | None]) -> float | None:
     """Mean error rate of the tasks, in percent; None where they have none."""
     total = values.get("total_error")
-    tasks = sum(map(len, grouping or []))
+    tasks = sum(1 for name in values if name.startswith(TASK_PREFIX) and name.endswith(".error"))
     return None if total is None or not tasks else total / tasks
 
 

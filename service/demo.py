@@ -76,7 +76,7 @@ class Runs:
     def describe(self) -> str:
         """Gain, cost and error in words."""
         gain, spread = statistics.mean(self.gains), statistics.stdev(self.gains)
-        error = statistics.mean(mean_error(trial.test, trial.grouping) or 0.0 for trial in self.trials)
+        error = statistics.mean(mean_error(trial.test) or 0.0 for trial in self.trials)
         macs = figure("macs", _value(self.trials[0], "macs"))
         return f"delta_m {gain:+.2f} ± {spread:.2f}, {macs} macs, test error {error:.2f}%"
 

@@ -64,7 +64,7 @@ def trials_of(folder: Path, name: str) -> list[dict[str, Any]]:
         name,
     )
     parts = ("values", "test", "grouping", "parameters")
-    return [{**dict(row), **{part: json.loads(row[part]) for part in parts}} for row in found]
+    return [{**dict(row), **{part: json.loads(row[part] or "null") for part in parts}} for row in found]
 
 
 def left_running(folder: Path) -> list[str]:

@@ -35,7 +35,7 @@ def trial(client: Client, name: str, delta_m: float) -> Trial:
         "family": "grouped",
         "grouping": [LEFT, RIGHT],
         "values": values,
-        "test": {"total_error": 30.0},
+        "test": {"total_error": 30.0, **{f"task.{name}.error": 0.05 for name in ALL}},
     }
     return Trial(client, document)
 
