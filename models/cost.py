@@ -4,9 +4,10 @@ import copy
 import statistics
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,7 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from coterie.models.static import StaticNetwork
+from coterie.models.backbones import Backbone
+from coterie.models.graph import Node
+from coterie.models.heads import feature_of, plan_head
+from coterie.models.static import Graph, StaticNetwork
+from coterie.models.tasks import Task
 
 WARMUP_RUNS = 10  # allocator and kernel caches are filled by then
 TIMED_RUNS = 50  # an odd run that the scheduler interrupts does not move their median
@@ -24,15 +29,27 @@ MIB = 2**20
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Cost:
-    """The size of a network.
+    """The size of a network or of a part of one: whole numbers, unless it is an expectation.
 
     Attributes:
         macs: Multiply-accumulates of one sample through all tasks.
         params: Learned numbers.
     """
 
-    macs: int
-    params: int
+    macs: float = 0
+    params: float = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Give that of two parts."""
+        return Cost(macs=self.macs + other.macs, params=self.params + other.params)
+
+    def __mul__(self, times: float) -> "Cost":
+        """Give that of as many such parts, or of a share of one."""
+        return Cost(macs=self.macs * times, params=self.params * times)
+
+    def __truediv__(self, parts: int) -> "Cost":
+        """Give that of one of so many equal parts."""
+        return Cost(macs=self.macs / parts, params=self.params / parts)
 
 
 def count_cost(network: nn.Module, input_shape: tuple[int, ...]) -> Cost:
@@ -46,8 +63,7 @@ def count_cost(network: nn.Module, input_shape: tuple[int, ...]) -> Cost:
         network: Any module that takes [B, *input_shape].
         input_shape: One sample's shape, without the batch.
     """
-    params = sum(parameter.numel() for parameter in network.parameters())
-    return Cost(macs=count_macs(network, input_shape)[""], params=params)
+    return Cost(macs=count_macs(network, input_shape)[""], params=_count_params(network))
 
 
 def count_macs(network: nn.Module, input_shape: tuple[int, ...]) -> dict[str, int]:
@@ -70,6 +86,36 @@ def macs_by_node(network: StaticNetwork) -> dict[str, int]:
     """Count the macs of one sample in each node of `network`, by the node's name, as `count_cost` does."""
     macs = count_macs(network, network.graph.input_shape)
     return {node.name: macs[node.name] for node in network.nodes}
+
+
+def cost_by_node(network: StaticNetwork) -> dict[str, Cost]:
+    """Count each node of `network`, by its name, as `count_cost` does."""
+    return {
+        name: Cost(macs=macs, params=_count_params(network.layer(name)))
+        for name, macs in macs_by_node(network).items()
+    }
+
+
+def sum_costs(costs: Iterable[Cost]) -> Cost:
+    """Add up."""
+    return sum(costs, start=Cost())
+
+
+@lru_cache(maxsize=256)
+def unit_costs(backbone: Backbone) -> tuple[Cost, ...]:
+    """Count each unit of a backbone, in order; allocates no weights."""
+    shapes = (backbone.input_shape, *backbone.output_shapes)
+    return tuple(_chain_cost(unit.nodes, shape) for unit, shape in zip(backbone.plan(), shapes, strict=False))
+
+
+@lru_cache(maxsize=1024)
+def head_cost(task: Task, backbone: Backbone) -> Cost:
+    """Count a task's head; necks cost nothing. Allocates no weights.
+
+    Raises:
+        ValueError: If the backbone can't feed it.
+    """
+    return _chain_cost(plan_head(task, backbone), backbone.feature_shape(feature_of(task)))
 
 
 def measure_latency_ms(network: nn.Module, input_shape: tuple[int, ...], device: torch.device) -> float:
@@ -176,6 +222,15 @@ def _attention_flops(
 
 # torch's counter knows the attention kernels of CUDA, and takes the CPU's for nothing.
 _ATTENTION_ON_CPU = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+
+
+def _count_params(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _chain_cost(nodes: Sequence[Node], shape: tuple[int, ...]) -> Cost:
+    graph = Graph(input_shape=shape, nodes=tuple(nodes), outputs={"": nodes[-1].name})
+    return count_cost(StaticNetwork.empty(graph), shape)
 
 
 def _device(network: nn.Module) -> torch.device:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.models.backbones import MLP
+from coterie.models.cost import head_cost, sum_costs, unit_costs
 from coterie.models.families.grouped import Grouped
 from coterie.models.families.shared import Shared
 from coterie.models.losses import LOSSES, labelled
@@ -21,6 +22,9 @@ from coterie.models.tasks import DENSE, Grouping, Task, TaskKind, TaskSet
 # M = R * N networks, those of one replicate one behind another.
 
 Subset = tuple[int, ...]
+
+STACKED_BATCH = 1024  # samples at once that `largest_stack` leaves room for
+STACKED_NUMBERS = 2**29  # 2 GiB in single precision
 
 
 class StackedMLP(nn.Module):
@@ -47,7 +51,8 @@ class StackedMLP(nn.Module):
         task_weights_NT: The tasks' weights in the loss, 0 where a subset has not the task.
 
     Raises:
-        ValueError: If a parameter breaks its rule; nothing is allocated then.
+        ValueError: If a parameter breaks its rule, or there are more networks than `largest_stack`; nothing
+            is allocated then.
 
     Example:
         >>> tasks = TaskSet(Task(name=name, kind=TaskKind.BINARY) for name in "abc")
@@ -139,7 +144,9 @@ class StackedMLP(nn.Module):
 
     def training_loss(self, x: Tensor, targets: Mapping[str, Tensor]) -> Tensor:
         """Give the scalar to minimise on one batch: the sum of what each network would minimise alone."""
-        return (self.losses(x, targets) * self.task_weights_NT).sum()
+        weighted_RNT = self.losses(x, targets) * self.task_weights_NT
+        # One task's loss may be infinite; 0 times that must not reach the networks without the task.
+        return weighted_RNT.masked_fill(self.task_weights_NT == 0, 0).sum()
 
     def unstack(self, subset: Iterable[int], replicate: int = 0) -> Shared:
         """Give a copy of one network; its `prune` gives the static one.
@@ -219,6 +226,18 @@ def start_seed(subset: Iterable[int], seed: int) -> int:
     return int(np.random.SeedSequence([seed, sum(1 << t for t in subset)]).generate_state(1, np.uint64)[0])
 
 
+def largest_stack(backbone: MLP, tasks: TaskSet) -> int:
+    """Give how many networks a stack may hold, at least 0.
+
+    So many that all their numbers are at most `STACKED_NUMBERS`: each weight with its gradient and Adam's two
+    means, and every layer's sums and activations for `STACKED_BATCH` samples.
+    """
+    outputs = sum(task.outputs for task in tasks)
+    weights = sum_costs((*unit_costs(backbone), *(head_cost(task, backbone) for task in tasks))).params
+    features = 2 * (backbone.depth * backbone.width + outputs)
+    return int(STACKED_NUMBERS // (4 * weights + STACKED_BATCH * features))
+
+
 def _linears(modules: Iterable[nn.Module]) -> list[nn.Linear]:
     return [part for module in modules for part in module.modules() if isinstance(part, nn.Linear)]
 
@@ -238,3 +257,9 @@ def _check(backbone: MLP, tasks: TaskSet, subsets: Sequence[Subset], seeds: Sequ
             )
     if not seeds:
         raise ValueError("seeds: must be one or more, found none")
+    most = largest_stack(backbone, tasks)
+    if len(subsets) * len(seeds) > most:
+        raise ValueError(
+            f"subsets: must be at most {most} networks of this size over all seeds, "
+            f"found {len(subsets)} for each of {len(seeds)}"
+        )

@@ -75,6 +75,10 @@ class AffinityGrouped(DMTG):
     def _fixed(self) -> bool:
         return True
 
+    def _expected_branches(self) -> float:
+        """All of them while it measures: a partition into exactly K groups follows."""
+        return self.A_TK.shape[1] if self.probing else len(self.grouping)
+
     def _found_logits(self, affinity_TT: Tensor) -> Tensor:
         return as_logits(PARTITIONS[self.method](affinity_TT, self.A_TK.shape[1]))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.models.backbones import Backbone
+from coterie.models.cost import Cost
 from coterie.models.static import StaticNetwork
 from coterie.models.tasks import Grouping, TaskSet
 
@@ -77,6 +78,15 @@ class MultiTaskNetwork(nn.Module, ABC):
     @abstractmethod
     def prune(self) -> StaticNetwork:
         """Give the static network that this one has come to: a copy, in eval mode."""
+
+    @abstractmethod
+    def expected_cost(self) -> Cost:
+        """Give what `count_cost` of the network that the training will come to is expected to be, as of now.
+
+        So that trainings can be compared by cost while gates and groups still learn. Where nothing that it
+        depends on learns (any more), it is exactly the cost of `prune()`. Fast enough for every epoch, and
+        a function of the state and of the last `begin_epoch`.
+        """
 
     @abstractmethod
     def trunks(self) -> Sequence[Sequence[nn.Module]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from coterie.models.affinity import check_groups
 from coterie.models.backbones import Backbone
 from coterie.models.checks import check_number
+from coterie.models.cost import Cost, head_cost, sum_costs, unit_costs
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.families.dmtg import CELEBA_TAU, DMTG, check_temperature, probe_epochs
 from coterie.models.families.grouped import check_split
@@ -145,6 +146,17 @@ class GatedGroups(GatedNetwork):
         outputs = [pruned.head(t, head, self.necks, values[t]) for t, head in enumerate(heads)]
         return assembly.finish(dict(zip(self.tasks.names, outputs, strict=True)))
 
+    def expected_cost(self) -> Cost:
+        """Give that of prefix, heads, and each group's branches as `GatedTrunk.expected_cost` says."""
+        units = unit_costs(self.backbone)
+        split = len(self.prefix)
+        plain = sum_costs(units[split:])
+        branches = [
+            branch.expected_cost() if isinstance(branch, GatedTrunk) else plain for branch in self.branches
+        ]
+        heads = [head_cost(task, self.backbone) for task in self.tasks]
+        return sum_costs((*units[:split], *branches, *heads))
+
     def trunks(self) -> Sequence[Sequence[nn.Module]]:
         """Of each group the shared branch, then each task's, or the one branch; the first with the prefix."""
         copies: list[list[nn.Module]] = []
@@ -269,6 +281,10 @@ class DMTGInterroGate(MultiTaskNetwork):
     def prune(self) -> StaticNetwork:
         """Give the groups' branches as their gates left them: a copy, in eval mode."""
         return self.current.prune()
+
+    def expected_cost(self) -> Cost:
+        """Give that of the phase: DMTG's does not know of the branches that gates will add."""
+        return self.current.expected_cost()
 
     def trunks(self) -> Sequence[Sequence[nn.Module]]:
         """Those of the phase."""

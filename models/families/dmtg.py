@@ -15,8 +15,9 @@ from torch.nn import functional as F
 from coterie.models.affinity import AffinityMeter, best_partition, centred_affinity, check_groups
 from coterie.models.backbones import Backbone, Feature
 from coterie.models.checks import check_number, check_whole_number
+from coterie.models.cost import Cost
 from coterie.models.families.base import Losses, MultiTaskNetwork
-from coterie.models.families.grouped import assemble_groups, check_split
+from coterie.models.families.grouped import assemble_groups, check_split, cost_of_groups
 from coterie.models.heads import Head, Necks
 from coterie.models.losses import task_losses
 from coterie.models.static import StaticNetwork
@@ -269,6 +270,17 @@ class DMTG(MultiTaskNetwork):
             heads=self._chosen_heads(labels),
         )
 
+    def expected_cost(self) -> Cost:
+        """Give that of prefix, heads and as many branches as some task is expected to end in.
+
+        Task t ends in branch k with probability P[t, k] = softmax(A)[t, k] over the heads that are left,
+        independently of the others, so branch k is kept with 1 - prod_t (1 - P[t, k]). This is how often a
+        relaxed sample is greatest at k, whatever tau (Gumbel-max), so it says how sure the grouping is; the
+        expected sample E[G] stays even at a high tau. While the affinity start measures, A is even. Where
+        fine-tuning has fixed the groups, the cost is exact.
+        """
+        return cost_of_groups(self.backbone, self.tasks, self.split, self._expected_branches())
+
     def trunks(self) -> Sequence[Sequence[nn.Module]]:
         """The first branch with the prefix, then the others."""
         first, *others = (cast(nn.Sequential, branch) for branch in self.branches)
@@ -278,6 +290,12 @@ class DMTG(MultiTaskNetwork):
     def _fixed(self) -> bool:
         """Whether each task has one head now, and A does not learn."""
         return self._tuning or self._probing
+
+    def _expected_branches(self) -> float:
+        if self._tuning:
+            return len(self.grouping)
+        P_TK = torch.softmax(self._logits().detach().double(), dim=1)
+        return float((1 - (1 - P_TK).prod(dim=0)).sum())
 
     def _logits(self) -> Tensor:
         """A, and minus infinity where a head was dropped."""

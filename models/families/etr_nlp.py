@@ -8,7 +8,7 @@ import math
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from coterie.models.backbones import Backbone
 from coterie.models.checks import check_number, check_whole_number
+from coterie.models.cost import Cost, count_cost
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.graph import INPUT, Node
 from coterie.models.heads import feature_of, plan_head
@@ -147,6 +148,14 @@ class ETRNLP(MultiTaskNetwork):
         """Give a copy of the network as it is: it is static already."""
         state = {name: tensor.detach().clone() for name, tensor in self.network.state_dict().items()}
         return StaticNetwork.from_state(self.network.graph, state)
+
+    def expected_cost(self) -> Cost:
+        """Give that of the network as it is."""
+        return self._cost
+
+    @cached_property
+    def _cost(self) -> Cost:
+        return count_cost(self.network, self.backbone.input_shape)
 
     def trunks(self) -> Sequence[Sequence[nn.Module]]:
         """None: routed units have other weights than the backbone's."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from coterie.models.backbones import Backbone
+from coterie.models.cost import Cost, head_cost, sum_costs, unit_costs
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.heads import Head, Necks
 from coterie.models.losses import task_losses
@@ -61,6 +62,10 @@ class Grouped(MultiTaskNetwork):
             for name, head, k in zip(self.tasks.names, self.heads, self._grouping.labels, strict=True)
         }
 
+    def shared_parameters(self) -> list[str]:
+        """Name those that several tasks may share: all but the heads'."""
+        return [name for name, _ in self.named_parameters() if not name.startswith("heads.")]
+
     def losses(self, x: Tensor, targets: Mapping[str, Tensor], generator: torch.Generator) -> Losses:
         """Give each task's loss; draws nothing."""
         losses_T = task_losses(self(x), targets, self.tasks)
@@ -77,6 +82,10 @@ class Grouped(MultiTaskNetwork):
             necks=self.necks,
             heads=list(self.heads),
         )
+
+    def expected_cost(self) -> Cost:
+        """Give that of the network as it is."""
+        return cost_of_groups(self.backbone, self.tasks, self.split, len(self._grouping))
 
     def trunks(self) -> Sequence[Sequence[nn.Module]]:
         """The first group's with the prefix, then the others' branches."""
@@ -95,6 +104,20 @@ def check_split(split: object, backbone: Backbone) -> None:
             f"split: must be a whole number from 0 to {backbone.units - 1}, so that a unit of "
             f"{backbone.name!r} follows, found {split!r}"
         )
+
+
+def cost_of_groups(backbone: Backbone, tasks: TaskSet, split: int, groups: float) -> Cost:
+    """Count the static network of a grouping.
+
+    Args:
+        backbone: Of the branches.
+        tasks: A head each.
+        split: Units of the shared prefix.
+        groups: Number of branches behind it, or how many there are expected to be.
+    """
+    units = unit_costs(backbone)
+    heads = [head_cost(task, backbone) for task in tasks]
+    return sum_costs((*units[:split], *heads)) + sum_costs(units[split:]) * groups
 
 
 def assemble_groups(

@@ -5,6 +5,7 @@ A family that is registered without an entry in `PARAMETERS` fails, and a backbo
 """
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from coterie.models.backbones import BACKBONES
+from coterie.models.cost import count_cost
 from coterie.models.families import DMTG, FAMILIES, AffinityGrouped, MultiTaskNetwork, build_network
+from coterie.models.families.grouped import cost_of_groups
 from coterie.models.layers import KINDS
 from coterie.models.losses import task_losses
 from coterie.models.static import StaticNetwork
@@ -122,6 +125,9 @@ CASES = [
     if backbone in BACKBONE_SIZES
     for kinds in KINDS_ON.get(backbone, ("both",))
 ]
+LEARN_THEIR_COST = {"dmtg", "interrogate", "affinity", "dmtg+interrogate"}
+LEARN_IT_TO_THE_END = {"dmtg+interrogate"}  # of those here: its gates are held in no epoch
+LAYER_NORMS_SHARE = 0.02  # of a small transformer's parameters, which the expectation counts by the channel
 CHEAP_CASES = [case for case in CASES if case.backbone in KINDS_ON]
 
 
@@ -409,6 +415,37 @@ def test_the_pruned_network_answers_as_the_trained_one(trained: Trained) -> None
     assert_close_tensors(outputs(trained.static, trained.x), trained.answers, SINGLE)
     static = trained.twin.prune()
     assert_close_tensors(outputs(static, trained.x.double()), trained.double_answers, DOUBLE)
+
+
+def test_the_expected_cost_is_that_of_the_pruned_network_once_nothing_learns_it(
+    fresh: MultiTaskNetwork, trained: Trained, case: Case
+) -> None:
+    shape = fresh.backbone.input_shape
+    if case.family not in LEARN_THEIR_COST:
+        assert fresh.expected_cost() == count_cost(fresh.prune(), shape)
+    found, exact = trained.network.expected_cost(), count_cost(trained.static, shape)
+    if case.family not in LEARN_IT_TO_THE_END:
+        assert found.macs == exact.macs
+        is_gated_vit = case.family == "interrogate" and case.backbone.startswith("vit")
+        assert found.params == pytest.approx(exact.params, rel=LAYER_NORMS_SHARE if is_gated_vit else 0)
+
+
+def test_the_expected_cost_lies_between_those_of_all_together_and_all_apart(
+    fresh: MultiTaskNetwork, trained: Trained, case: Case
+) -> None:
+    together, apart = (
+        cost_of_groups(fresh.backbone, case.tasks, 0, groups) for groups in (1, len(case.tasks))
+    )
+    for network in (fresh, trained.network):
+        cost = network.expected_cost()
+        assert math.isfinite(cost.macs)
+        assert math.isfinite(cost.params)
+        if case.family == "etr_nlp":  # its layers are others
+            assert cost.macs > 0
+            assert cost.params > 0
+        else:
+            assert together.macs <= cost.macs <= apart.macs
+            assert together.params <= cost.params <= apart.params
 
 
 def test_pruning_copies_and_leaves_the_network_as_it_is(trained: Trained) -> None:

@@ -22,8 +22,10 @@ from coterie.models.affinity import (
     tag_partition,
 )
 from coterie.models.backbones import CNN, MLP
+from coterie.models.cost import count_cost
 from coterie.models.families import DMTG, MultiTaskNetwork, Shared, build_network
 from coterie.models.families.affinity import AffinityGrouped
+from coterie.models.families.grouped import cost_of_groups
 from coterie.models.losses import task_losses
 from coterie.models.tasks import Grouping, TaskSet
 from tests.models.not_numbers import NO_NUMBERS
@@ -412,6 +414,16 @@ def test_a_random_partition_is_drawn_at_once_from_torchs_generator(make_tasks: M
     assert all(len(network.grouping) == 3 for network in drawn)
     assert drawn[0].affinity_TT is None
     assert not any(drawn[0].begin_epoch(epoch, 4) for epoch in range(4))
+
+
+def test_while_it_measures_it_is_expected_to_cost_all_groups_and_then_what_it_does(tasks: TaskSet) -> None:
+    network = build(tasks, groups=3, split=1)
+    three = cost_of_groups(BACKBONE, tasks, 1, 3)
+    assert network.expected_cost() == three != count_cost(network.prune(), BACKBONE.input_shape)
+    train(network, 6)
+    assert network.expected_cost() == three == count_cost(network.prune(), BACKBONE.input_shape)
+    drawn = build(tasks, groups=2, split=1, method="random")
+    assert drawn.expected_cost() == count_cost(drawn.prune(), BACKBONE.input_shape)
 
 
 def test_one_group_needs_no_measurement(tasks: TaskSet) -> None:

@@ -257,3 +257,17 @@ def test_settling_takes_the_statistics_anew_in_the_second_phase() -> None:
 def test_a_bad_parameter_is_refused(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(**parameters)
+
+
+def test_the_expected_cost_is_the_phases_and_exact_where_its_gates_are_decided() -> None:
+    network, optimizer = start()
+    assert network.dmtg is not None
+    assert network.expected_cost() == network.dmtg.expected_cost()
+    train(network, optimizer, range(4))
+    assert network.gated is not None
+    [trunk] = network.gated.gated_trunks()
+    noise = random(0)
+    with torch.no_grad():
+        for alpha in trunk.alphas:
+            alpha.copy_(torch.randn(alpha.shape, generator=noise) * 1e6)
+    assert network.expected_cost() == count_cost(network.prune(), network.backbone.input_shape)

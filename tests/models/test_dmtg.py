@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from coterie.models.backbones import (
     CNN,
@@ -19,6 +20,7 @@ from coterie.models.backbones import (
     ViTSmall,
     ViTTiny,
 )
+from coterie.models.cost import count_cost
 from coterie.models.families import DMTG, MultiTaskNetwork, Shared, build_network
 from coterie.models.families.dmtg import (
     expected_sample,
@@ -28,6 +30,7 @@ from coterie.models.families.dmtg import (
     gumbel_softmax,
     probe_epochs,
 )
+from coterie.models.families.grouped import cost_of_groups
 from coterie.models.losses import task_losses
 from coterie.models.tasks import Grouping, Task, TaskKind, TaskSet
 from tests.models.not_numbers import NO_NUMBERS
@@ -865,3 +868,52 @@ def test_the_logits_start_at_the_mean_centred_affinity_to_each_group() -> None:
     expected = torch.tensor([[2.5, -0.5], [2.5, -0.5], [-0.5, -0.5], [-0.5, -0.5]], dtype=torch.float64)
     torch.testing.assert_close(A_TK, expected / expected.square().mean().sqrt())
     assert torch.equal(group_affinities(torch.ones(3, 3), Grouping.together(3)), torch.zeros(3, 1).double())
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(0, 3), min_size=4, max_size=4), st.integers(0, 2))
+def test_the_expected_cost_of_decided_groups_is_that_of_the_pruned_network(
+    make_tasks: MakeTasks, labels: list[int], split: int
+) -> None:
+    network = decided(build(make_tasks(1, 2, 1, 0.5), groups=4, split=split), labels, by=1000)
+    assert network.expected_cost() == count_cost(network.prune(), BACKBONE.input_shape)
+
+
+@settings(max_examples=10)
+@given(seeds, st.integers(1, 4))
+def test_the_expected_branches_are_those_that_samples_of_the_grouping_use(
+    make_tasks: MakeTasks, seed: int, groups: int
+) -> None:
+    network = scatter(build(make_tasks(1, 2, 1, 0.5), groups=groups, split=1), seed)
+    draws = 4000
+    noise = gumbel_noise(torch.Size([draws, 4, groups]), random(seed))
+    chosen = F.one_hot((network.A_TK.detach() + noise).argmax(dim=2), groups).amax(dim=1)
+    used = float(chosen.sum()) / draws
+    expected, found = cost_of_groups(BACKBONE, network.tasks, 1, used), network.expected_cost()
+    assert found.macs == pytest.approx(expected.macs, rel=0.02)
+    assert found.params == pytest.approx(expected.params, rel=0.02)
+
+
+def test_heads_that_were_dropped_keep_no_branch(tasks: TaskSet) -> None:
+    network = decided(build(tasks, groups=3, epsilon=0.2, patience=1, tau=1.0), [0, 0, 0, 0], by=4)
+    before = network.expected_cost()
+    network.begin_epoch(0, 5)
+    assert network.dropped_TK.sum() == 8
+    assert before.macs > network.expected_cost().macs
+    assert network.expected_cost() == count_cost(network.prune(), BACKBONE.input_shape)
+
+
+def test_groups_that_are_fine_tuned_cost_what_the_pruned_network_does(tasks: TaskSet) -> None:
+    network = scatter(build(tasks, groups=3, fine_tune=0.5))
+    exact = count_cost(network.prune(), BACKBONE.input_shape)
+    network.begin_epoch(1, 4)
+    assert network.expected_cost() != exact
+    network.begin_epoch(2, 4)
+    assert network.expected_cost() == exact
+
+
+def test_while_affinity_is_measured_any_grouping_may_come(tasks: TaskSet) -> None:
+    network = build(tasks, groups=2, init="affinity")
+    network.begin_epoch(0, 4)
+    used = 2 * (1 - 0.5**4)  # a branch is used unless all four tasks end in the other one
+    assert network.expected_cost() == cost_of_groups(BACKBONE, tasks, 0, used)

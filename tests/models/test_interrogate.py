@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from coterie.models.backbones import BACKBONES, MLP, Backbone
-from coterie.models.cost import count_cost, macs_by_node
+from coterie.models.cost import Cost, count_cost, head_cost, macs_by_node, sum_costs, unit_costs
 from coterie.models.families import InterroGate, MultiTaskNetwork, Single, build_network
 from coterie.models.families.interrogate import GATE_LIMIT, GatedTrunk
 from coterie.models.layers import BatchNorm
@@ -109,7 +109,7 @@ def without_gates(network: InterroGate, family: str) -> MultiTaskNetwork:
     return plain.eval()
 
 
-def macs(network: StaticNetwork) -> int:
+def macs(network: StaticNetwork) -> float:
     return count_cost(network, network.graph.input_shape).macs
 
 
@@ -535,3 +535,81 @@ def test_a_trunk_may_stand_behind_other_units() -> None:
 def test_a_bad_parameter_is_refused(parameters: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build(SMALL_MLP, TaskSet(BINARY), **parameters)
+
+
+def scale_gates(network: InterroGate, factor: float) -> None:
+    with torch.no_grad():
+        for alpha in network.trunk.alphas:
+            alpha.mul_(factor)
+
+
+@every_backbone
+@pytest.mark.parametrize("open_share", [0.03, 0.5, 1.0])
+def test_the_expected_cost_of_decided_gates_is_that_of_the_pruned_network(
+    name: str, open_share: float
+) -> None:
+    network = build(small(name), TaskSet(VECTOR))
+    set_gates(network, open_share)
+    scale_gates(network, 1000)
+    found, exact = network.expected_cost(), count_cost(network.prune(), network.backbone.input_shape)
+    assert found.macs == exact.macs
+    # A branch's layer norm is there whole or not at all, whatever share of its readers is.
+    norms = [node for node in network.trunk.nodes if node.kind == "layer_norm"]
+    most = sum(2 * int(node.settings["channels"]) for node in norms) * len(VECTOR)
+    assert abs(found.params - exact.params) <= most
+    if not norms:
+        assert found.params == exact.params
+
+
+def test_gates_at_their_limits_count_as_decided() -> None:
+    network = build(SMALL_MLP, TaskSet(VECTOR))
+    set_gates(network, 0.3)
+    scale_gates(network, GATE_LIMIT)
+    exact = count_cost(network.prune(), SMALL_MLP.input_shape)
+    assert network.expected_cost().macs == pytest.approx(exact.macs, rel=1e-9)
+
+
+def test_the_expected_cost_by_hand() -> None:
+    network = build(MLP(input_shape=(5,), width=2, depth=1), TaskSet(BINARY))
+    with torch.no_grad():
+        network.trunk.alphas[0].copy_(torch.tensor([[0.0, 99.0], [0.0, -99.0]]))
+    # Channel 1: two own ones with chance 1/2, and the shared one unless both are open; channel 2: both.
+    copies = (0.5 + 0.5 + 0.75) + (1 + 0 + 1)
+    heads = Cost(macs=2 * 2, params=2 * 3)
+    assert network.expected_cost() == Cost(macs=5 * copies, params=6 * copies) + heads
+
+
+@given(seeds, st.data())
+def test_the_expected_cost_falls_with_each_gate_that_closes_further(seed: int, data: st.DataObject) -> None:
+    network = build(SMALL_MLP, TaskSet(VECTOR))
+    scatter(network, seed)
+    alphas = list(network.trunk.alphas)
+    site = data.draw(st.integers(0, len(alphas) - 1))
+    place = tuple(data.draw(st.integers(0, size - 1)) for size in alphas[site].shape)
+    by = data.draw(st.floats(0.01, 2))
+    before = network.expected_cost()
+    with torch.no_grad():
+        alphas[site][place] -= by
+    after = network.expected_cost()
+    if abs(float(alphas[site][place].detach())) < GATE_LIMIT:
+        assert after.macs < before.macs
+        assert after.params < before.params
+
+
+def test_held_gates_count_as_they_stand() -> None:
+    network = build(SMALL_MLP, TaskSet(VECTOR), frozen=0.5)
+    scatter(network)
+    exact = count_cost(network.prune(), SMALL_MLP.input_shape)
+    network.begin_epoch(1, 4)
+    assert network.expected_cost() != exact
+    network.begin_epoch(2, 4)
+    assert network.expected_cost() == exact
+
+
+@every_backbone
+def test_the_costs_of_sites_add_up_to_those_of_units(name: str) -> None:
+    network = build(small(name), TaskSet(VECTOR))
+    set_gates(network, 0.0)
+    scale_gates(network, 1000)
+    heads = sum_costs(head_cost(task, network.backbone) for task in network.tasks)
+    assert network.expected_cost() == sum_costs(unit_costs(network.backbone)) + heads

@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from coterie.models import stacked
 from coterie.models.backbones import CNN, MLP
 from coterie.models.families import Shared
-from coterie.models.stacked import StackedMLP, start_seed
+from coterie.models.stacked import StackedMLP, largest_stack, start_seed
 from coterie.models.tasks import Grouping, Task, TaskKind, TaskSet
 
 BACKBONE = MLP(input_shape=(3, 4), width=5, depth=2)
@@ -128,6 +129,18 @@ def test_a_network_that_diverges_leaves_the_others_as_they_would_be() -> None:
         assert_same(stack.unstack(subset), calm.unstack(subset), rtol=0)
 
 
+def test_a_task_whose_loss_is_infinite_leaves_the_networks_without_it_as_they_would_be() -> None:
+    torch.manual_seed(0)
+    batches = [draw_batch() for _ in range(STEPS)]
+    far = [(x, targets | {"length": torch.full_like(targets["length"], 1e200)}) for x, targets in batches]
+    stack, calm = make_stack(seeds=(0,)), make_stack(seeds=(0,))
+    assert stack.losses(*far[0])[..., 2].isinf().all()
+    train_stack(stack, far)
+    train_stack(calm, batches)
+    for subset in ((0,), (0, 1, 3)):
+        assert_same(stack.unstack(subset), calm.unstack(subset), rtol=0)
+
+
 def test_a_partition_is_the_union_of_its_subsets_networks() -> None:
     torch.manual_seed(0)
     stack = make_stack(subsets=((0, 3), (1,), (2,), (1, 2)))
@@ -168,6 +181,29 @@ def test_the_global_generator_is_left_as_it_is() -> None:
 def test_what_cannot_be_stacked_is_refused(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StackedMLP(**{"backbone": BACKBONE, "tasks": TASKS, "subsets": SUBSETS, **arguments})  # type: ignore[arg-type]
+
+
+def test_a_stack_has_room_for_so_many_networks_and_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    # By hand: 12 -> 5 -> 5 and 7 outputs, and 17 features, all twice for 1024 samples.
+    a_network = 4 * ((12 * 5 + 5) + (5 * 5 + 5) + (5 * 7 + 7)) + 1024 * 2 * (5 + 5 + 7)
+    monkeypatch.setattr(stacked, "STACKED_NUMBERS", 11 * a_network - 1)
+    assert largest_stack(BACKBONE, TASKS) == 10
+    make_stack(seeds=(3, 8))
+    with pytest.raises(ValueError, match=r"subsets: must be at most 10 networks .* found 5 for each of 3"):
+        make_stack(seeds=(3, 8, 9))
+
+
+def test_networks_that_are_too_large_for_any_stack_are_refused_before_they_are_allocated() -> None:
+    huge = MLP(input_shape=(3, 4), width=2**16, depth=2)
+    assert largest_stack(huge, TASKS) == 0
+    with pytest.raises(ValueError, match="subsets: must be at most 0 networks"):
+        StackedMLP(backbone=huge, tasks=TASKS, subsets=SUBSETS)
+
+
+def test_all_subsets_of_eight_tasks_fit_at_the_largest_size_that_is_searched() -> None:
+    tasks = TaskSet(Task(name=name, kind=TaskKind.BINARY) for name in "abcdefgh")
+    largest = MLP(input_shape=(12, 12), **{name: max(values) for name, values in MLP.choices.items()})
+    assert largest_stack(largest, tasks) >= 2**8 - 1
 
 
 def test_a_subset_that_is_not_in_the_stack_is_refused() -> None:
