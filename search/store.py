@@ -158,6 +158,7 @@ class Trial:
         number: Its place among the job's trials, from 0.
         candidate: What is trained.
         choices: The sampler's choice by name of dimension: what a rebuilt sampler is told.
+        origin: What proposed it: `baseline`, `grouping`, or the name of the sampler.
         seed: Seeds initialisation, shuffling and noise.
         state: Where it stands.
         crashes: How often its process died.
@@ -171,6 +172,7 @@ class Trial:
     candidate: Candidate
     choices: Mapping[str, Any]
     seed: int
+    origin: str = ""
     state: TrialState = TrialState.PENDING
     crashes: int = 0
     ending: Ending | None = None
@@ -210,20 +212,134 @@ class Reference:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Setting:
+    """What decides a network that is trained beside the trials, but for its tasks and its seed.
+
+    Attributes:
+        data: Fingerprint of source and options, so of data and splits.
+        backbone: Name and sizes of the backbone, canonical JSON.
+        recipe: The optimiser's settings, canonical JSON.
+        epochs: Length of the training.
+    """
+
+    data: str
+    backbone: str
+    recipe: str
+    epochs: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SubsetResult:
+    """What one network for a subset of the tasks reached.
+
+    Attributes:
+        tasks: Names, in the source's order.
+        weights: Of the tasks' losses, in the same order.
+        seed: Of initial weights and batches.
+        validation: Task -> metric -> value.
+        test: The same on the test split: reported, never used to choose.
+        run: Which of the job's own runs it came from, from 0; None where another job trained it.
+    """
+
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...]
+    seed: int
+    validation: Mapping[str, Mapping[str, float]]
+    test: Mapping[str, Mapping[str, float]]
+    run: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class AffinityResult:
+    """How much the tasks help each other, measured in one training.
+
+    Attributes:
+        method: `one_step`, as `coterie.models.affinity` measures it.
+        tasks: Names, in the source's order.
+        weights: Of the tasks' losses, in the same order.
+        seed: Of the training.
+        matrix: [i][j], of task i onto task j; None where it was not measured.
+    """
+
+    method: str
+    tasks: tuple[str, ...]
+    weights: tuple[float, ...]
+    seed: int
+    matrix: Sequence[Sequence[float | None]]
+
+
+class Role(StrEnum):
+    """What a confirming run trains: a point of the front, or what that is compared with."""
+
+    POINT = "point"
+    SHARED = "shared"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Confirmation:
+    """One ended training with a fresh seed, for a point of the front.
+
+    Attributes:
+        trial_id: The point's trial.
+        role: What was trained for it: its candidate, or a `shared` network of about the same macs.
+        candidate: What was trained.
+        seed: Fresh.
+        ending: What it reached, as a trial's; without files.
+    """
+
+    trial_id: str
+    role: Role
+    candidate: Candidate
+    seed: int
+    ending: Ending
+
+
+class VerdictKind(StrEnum):
+    """What a search found about the tasks."""
+
+    TOGETHER = "together"
+    APART = "apart"
+    GROUPS = "groups"
+    PARTLY = "partly"
+    NO_DIFFERENCE = "no_difference"
+    UNKNOWN = "unknown"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """The confirmed answer of a job, on the validation split.
+
+    Attributes:
+        kind: In one word.
+        words: In a sentence or two.
+        trial_id: The point that it speaks of; None where it speaks of none.
+        grouping: Its groups of task names, where the answer is groups.
+    """
+
+    kind: VerdictKind
+    words: str
+    trial_id: str | None = None
+    grouping: list[list[str]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resumed:
     """All that a driver must know to go on with a job.
 
     Attributes:
         trials: By number.
         seconds: Time that earlier attempts ran.
-        reference_device_seconds: Charged to this job for the references that it trained.
+        side_device_seconds: Charged to this job beside its trials: for the references, subset networks,
+            affinities and confirming runs that it trained.
         reference_point: Of the hypervolume, by objective; None until it is known.
+        confirmations: In the order in which they were recorded.
     """
 
     trials: Sequence[Trial]
     seconds: float
-    reference_device_seconds: float
+    side_device_seconds: float
     reference_point: Mapping[str, float] | None
+    confirmations: Sequence[Confirmation] = ()
 
 
 class TrialStore(Protocol):
@@ -258,6 +374,45 @@ class TrialStore(Protocol):
 
     def add_reference(self, key: ReferenceKey, reference: Reference) -> None:
         """Keep a reference; where another job was faster, the first one stays. Charged to this job."""
+
+    def use_references(self, keys: Sequence[ReferenceKey]) -> None:
+        """Note that this job measures against these stored references; noting one again changes nothing."""
+
+    def measurements_at(self, epochs: Sequence[int]) -> dict[str, dict[int, Measurement]]:
+        """The measurements of this job's trials at these epochs: trial id -> epoch -> measurement."""
+
+    def find_subsets(self, setting: Setting) -> list[SubsetResult]:
+        """Subset networks of this setting: this job's, and those stored when its first attempt began.
+
+        So what a job knows of others does not change while it runs. Of a subset with the same weights and
+        the same seed the job's own comes, else the oldest; in the order in which they were stored.
+        """
+
+    def add_subsets(
+        self, setting: Setting, run: int, results: Sequence[SubsetResult], device_seconds: float
+    ) -> None:
+        """Keep the results of one run of this job, all or none, and charge it. Its number is new."""
+
+    def find_affinities(self, setting: Setting) -> list[AffinityResult]:
+        """Affinities of this setting, of any job, in the order in which they were stored."""
+
+    def add_affinity(self, setting: Setting, result: AffinityResult, device_seconds: float) -> None:
+        """Keep a measured affinity and charge it; where another job was faster, the first one stays."""
+
+    def charge_side(self, device_seconds: float) -> None:
+        """Charge a side run that gave nothing."""
+
+    def use_setting(self, setting: Setting) -> None:
+        """Note in which setting this job measures subsets and affinities; the last one counts."""
+
+    def add_confirmation(self, confirmation: Confirmation) -> None:
+        """Keep a confirming run and charge it. Its trial, role and seed are new."""
+
+    def set_verdict(self, verdict: Verdict) -> None:
+        """Keep what the job has found; the last one counts."""
+
+    def set_estimate(self, seconds_left: float | None) -> None:
+        """Keep how long the job is expected to run from now on; None where nothing is known."""
 
     def finish(self, state: JobState, reason: str | None) -> None:
         """End the job; trials that have not ended become cancelled."""
@@ -347,6 +502,48 @@ class InMemoryStore:
             return list(self._memory.history)
 
     @property
+    def used_references(self) -> set[ReferenceKey]:
+        """The references that the job measures against."""
+        with self._memory.lock:
+            return set(self._memory.used_references)
+
+    @property
+    def setting(self) -> Setting | None:
+        """Where the job measures subsets and affinities; None until it is noted."""
+        with self._memory.lock:
+            return self._memory.setting
+
+    @property
+    def subsets(self) -> list[tuple[Setting, SubsetResult]]:
+        """All subset networks, in the order in which they were stored."""
+        with self._memory.lock:
+            return copy.deepcopy(self._memory.subsets)
+
+    @property
+    def affinities(self) -> list[tuple[Setting, AffinityResult]]:
+        """All affinities, in the order in which they were stored."""
+        with self._memory.lock:
+            return copy.deepcopy(self._memory.affinities)
+
+    @property
+    def confirmations(self) -> list[Confirmation]:
+        """The confirming runs, in the order in which they were recorded."""
+        with self._memory.lock:
+            return copy.deepcopy(list(self._memory.confirmations.values()))
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What the job has found; None until it is known."""
+        with self._memory.lock:
+            return copy.deepcopy(self._memory.verdict)
+
+    @property
+    def estimate(self) -> float | None:
+        """How long the job was last expected to run on, in s."""
+        with self._memory.lock:
+            return self._memory.estimate
+
+    @property
     def state(self) -> tuple[JobState, str | None]:
         """State and reason of the job."""
         with self._memory.lock:
@@ -357,8 +554,9 @@ class InMemoryStore:
             return Resumed(
                 trials=self.trials,
                 seconds=self._seconds_before,
-                reference_device_seconds=self._memory.reference_device_seconds,
+                side_device_seconds=self._memory.side_device_seconds,
                 reference_point=copy.deepcopy(self._memory.reference_point),
+                confirmations=self.confirmations,
             )
 
     def beat(self) -> None:  # noqa: D102
@@ -367,6 +565,8 @@ class InMemoryStore:
 
     def add_trial(self, trial: Trial) -> None:  # noqa: D102
         with self._writing() as memory:
+            if memory.trials.get(trial.id) == trial:
+                return
             if trial.id in memory.trials or any(t.number == trial.number for t in memory.trials.values()):
                 raise ValueError(f"trial {trial.id}, number {trial.number}: id and number must be new")
             memory.trials[trial.id] = copy.deepcopy(trial)
@@ -417,7 +617,88 @@ class InMemoryStore:
     def add_reference(self, key: ReferenceKey, reference: Reference) -> None:  # noqa: D102
         with self._writing() as memory:
             memory.references.setdefault(key, reference)
-            memory.reference_device_seconds += reference.device_seconds
+            memory.side_device_seconds += reference.device_seconds
+
+    def use_references(self, keys: Sequence[ReferenceKey]) -> None:  # noqa: D102
+        with self._writing() as memory:
+            missing = [key for key in keys if key not in memory.references]
+            if missing:
+                raise KeyError(missing[0])
+            memory.used_references |= set(keys)
+
+    def measurements_at(self, epochs: Sequence[int]) -> dict[str, dict[int, Measurement]]:  # noqa: D102
+        found: dict[str, dict[int, Measurement]] = {}
+        for (trial_id, epoch), measurement in self.measurements.items():
+            if epoch in epochs:
+                found.setdefault(trial_id, {})[epoch] = measurement
+        return found
+
+    def find_subsets(self, setting: Setting) -> list[SubsetResult]:  # noqa: D102
+        found: dict[Any, SubsetResult] = {}
+        for where, result in self.subsets:
+            if where == setting:
+                found.setdefault((result.tasks, result.weights, result.seed), result)
+        return list(found.values())
+
+    def add_subsets(  # noqa: D102
+        self, setting: Setting, run: int, results: Sequence[SubsetResult], device_seconds: float
+    ) -> None:
+        new = [(setting, replace(copy.deepcopy(result), run=run)) for result in results]
+        with self._writing() as memory:
+            stored = [(where, result) for where, result in memory.subsets if result.run == run]
+            if not stored:
+                memory.subsets += new
+                memory.side_device_seconds += device_seconds
+            elif stored != new:
+                raise ValueError(f"run: must be new, {run} holds other results")
+
+    def find_affinities(self, setting: Setting) -> list[AffinityResult]:  # noqa: D102
+        return [result for where, result in self.affinities if where == setting]
+
+    def add_affinity(  # noqa: D102
+        self, setting: Setting, result: AffinityResult, device_seconds: float
+    ) -> None:
+        def key(found: AffinityResult) -> object:
+            return found.method, found.tasks, found.weights, found.seed
+
+        with self._writing() as memory:
+            stored = [
+                known for where, known in memory.affinities if where == setting and key(known) == key(result)
+            ]
+            if not stored:
+                memory.affinities.append((setting, copy.deepcopy(result)))
+                memory.side_device_seconds += device_seconds
+            elif stored != [result]:
+                raise ValueError(f"result: must be the first of its tasks and seed, found {result}")
+
+    def charge_side(self, device_seconds: float) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.side_device_seconds += device_seconds
+
+    def use_setting(self, setting: Setting) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.setting = setting
+
+    def add_confirmation(self, confirmation: Confirmation) -> None:  # noqa: D102
+        key = confirmation.trial_id, confirmation.role, confirmation.seed
+        with self._writing() as memory:
+            if confirmation.trial_id not in memory.trials:
+                raise KeyError(confirmation.trial_id)
+            if key not in memory.confirmations:
+                memory.confirmations[key] = copy.deepcopy(confirmation)
+                memory.side_device_seconds += confirmation.ending.device_seconds
+            elif memory.confirmations[key] != confirmation:
+                raise ValueError(
+                    f"confirmation: trial, role and seed must be new, found {', '.join(map(str, key))}"
+                )
+
+    def set_verdict(self, verdict: Verdict) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.verdict = copy.deepcopy(verdict)
+
+    def set_estimate(self, seconds_left: float | None) -> None:  # noqa: D102
+        with self._writing() as memory:
+            memory.estimate = seconds_left
 
     def finish(self, state: JobState, reason: str | None) -> None:  # noqa: D102
         with self._writing() as memory:
@@ -449,7 +730,14 @@ class _Memory:
     trials: dict[str, Trial] = field(default_factory=dict)
     measurements: dict[tuple[str, int], Measurement] = field(default_factory=dict)
     references: dict[ReferenceKey, Reference] = field(default_factory=dict)
-    reference_device_seconds: float = 0.0
+    used_references: set[ReferenceKey] = field(default_factory=set)
+    subsets: list[tuple[Setting, SubsetResult]] = field(default_factory=list)
+    affinities: list[tuple[Setting, AffinityResult]] = field(default_factory=list)
+    setting: Setting | None = None
+    confirmations: dict[tuple[str, Role, int], Confirmation] = field(default_factory=dict)
+    verdict: Verdict | None = None
+    estimate: float | None = None
+    side_device_seconds: float = 0.0
     reference_point: dict[str, float] | None = None
     front: set[str] = field(default_factory=set)
     history: list[tuple[str, float | None]] = field(default_factory=list)

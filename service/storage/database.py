@@ -63,6 +63,16 @@ class Database:
         self.engine.dispose()
 
 
+def append_in_order(session: Session, table: str) -> None:
+    """Let no other transaction add to `table` until this one has ended.
+
+    So nobody ever sees a row appear whose counter is below that of one seen before. On SQLite only one
+    transaction writes at a time anyway.
+    """
+    if session.connection().dialect.name != "sqlite":
+        session.execute(text(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE"))
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     try:

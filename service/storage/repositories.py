@@ -1,5 +1,6 @@
 """Every query but a driver's own (`store.py`). A repository lives within the caller's transaction."""
 
+import json
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,21 @@ from sqlalchemy import Select, func, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from coterie.search.spec import JobSpec
-from coterie.search.store import JOB_ENDED, JobState, TrialState
-from coterie.service.storage.store import end_job
-from coterie.service.storage.tables import AttemptRow, FrontHistoryRow, JobRow, MeasurementRow, TrialRow
+from coterie.search.spec import JobSpec, TaskChoice
+from coterie.search.store import JOB_ENDED, JobState, Setting, TrialState
+from coterie.service.storage.store import end_job, visible_subsets
+from coterie.service.storage.tables import (
+    AffinityRow,
+    AttemptRow,
+    ConfirmationRow,
+    FrontHistoryRow,
+    JobReferenceRow,
+    JobRow,
+    MeasurementRow,
+    ReferenceRow,
+    SubsetRow,
+    TrialRow,
+)
 
 DEFAULT_TENANT = "default"
 Row = TypeVar("Row", JobRow, TrialRow)
@@ -64,7 +76,7 @@ class RunningJob:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What a job has used: trials by state, seconds that it ran, device-seconds with its references'."""
+    """What a job has used: trials by state, seconds that it ran, device-seconds of all that it trained."""
 
     trials: Mapping[TrialState, int]
     seconds: float
@@ -147,13 +159,50 @@ class JobRepository:
             device_seconds[job_id] += charged
         for row in self._session.scalars(select(AttemptRow).where(AttemptRow.job_id.in_(job_ids))):
             seconds[row.job_id] += (row.last_seen_at - row.started_at).total_seconds()
-            device_seconds[row.job_id] += row.reference_device_seconds
+            device_seconds[row.job_id] += row.side_device_seconds
         return {
             job_id: Usage(
                 trials=counts[job_id], seconds=seconds[job_id], device_seconds=device_seconds[job_id]
             )
             for job_id in job_ids
         }
+
+    def references(self, job_id: str) -> Sequence[ReferenceRow]:
+        """The reference networks that a job measures against, in the order in which they were stored."""
+        return self._session.scalars(
+            select(ReferenceRow)
+            .join(JobReferenceRow, JobReferenceRow.reference == ReferenceRow.position)
+            .where(JobReferenceRow.job_id == job_id)
+            .order_by(ReferenceRow.position)
+        ).all()
+
+    def subsets(self, job_id: str) -> Sequence[SubsetRow]:
+        """The subset networks that a job knows, others' included, as its driver sees them."""
+        row = self.get(job_id)
+        return (
+            []
+            if row.side_setting is None
+            else visible_subsets(self._session, row, Setting(**row.side_setting))
+        )
+
+    def affinities(self, job_id: str) -> Sequence[AffinityRow]:
+        """The one-step affinities of a job's tasks with its weights, in its setting, any job's."""
+        row = self.get(job_id)
+        if row.side_setting is None:
+            return []
+        found = self._session.scalars(
+            select(AffinityRow)
+            .filter_by(**row.side_setting, method="one_step")
+            .order_by(AffinityRow.position)
+        )
+        weights = _task_weights(row)
+        return [affinity for affinity in found if dict(json.loads(affinity.tasks)) == weights]
+
+    def confirmations(self, job_id: str) -> Sequence[ConfirmationRow]:
+        """A job's confirming runs, in the order in which they ended."""
+        return self._session.scalars(
+            select(ConfirmationRow).where(ConfirmationRow.job_id == job_id).order_by(ConfirmationRow.sequence)
+        ).all()
 
     def cancel(self, job_id: str, now: datetime) -> JobRow:
         """End a job that has not ended, at once: its driver is fenced from here on.
@@ -162,13 +211,37 @@ class JobRepository:
             NotFound: If there is none with this id.
             Conflict: If it has ended.
         """
-        row = _found(
-            self._session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update()), "job", job_id
-        )
+        row = self._locked(job_id)
         if row.state in JOB_ENDED:
             raise Conflict(f"job {job_id} is {row.state}: it can't be cancelled any more")
         end_job(self._session, job_id, JobState.CANCELLED, None, now)
         self._session.refresh(row)
+        return row
+
+    def pause(self, job_id: str, now: datetime) -> JobRow:
+        """Let a job wait until it is resumed: its driver is fenced from here on, its running trials wait too.
+
+        Raises:
+            NotFound: If there is none with this id.
+            Conflict: If it is neither queued nor running.
+        """
+        row = self._locked(job_id)
+        if row.state not in (JobState.QUEUED, JobState.RUNNING):
+            raise Conflict(f"job {job_id} is {row.state}: only a queued or running job can be paused")
+        self._release(row, JobState.PAUSED, None, now, preempted=True)
+        return row
+
+    def resume(self, job_id: str) -> JobRow:
+        """Queue a paused job.
+
+        Raises:
+            NotFound: If there is none with this id.
+            Conflict: If it is not paused.
+        """
+        row = self._locked(job_id)
+        if row.state != JobState.PAUSED:
+            raise Conflict(f"job {job_id} is {row.state}: only a paused job can be resumed")
+        row.state = JobState.QUEUED
         return row
 
     def claim_next(self, now: datetime, lease: timedelta) -> Claimed | None:
@@ -188,6 +261,9 @@ class JobRepository:
         row.submission_id = None
         row.lease_expires_at = now + lease
         row.started_at = row.started_at or now
+        row.eta_seconds = row.eta_at = None
+        if row.memory_until is None:
+            row.memory_until = self._session.scalar(select(func.max(SubsetRow.position))) or 0
         self._session.add(
             AttemptRow(
                 job_id=row.id,
@@ -195,7 +271,7 @@ class JobRepository:
                 started_at=now,
                 last_seen_at=now,
                 preempted=False,
-                reference_device_seconds=0.0,
+                side_device_seconds=0.0,
             )
         )
         return Claimed(row.id, row.attempt, row.name)
@@ -244,15 +320,7 @@ class JobRepository:
         row = self._current(job_id, attempt)
         if row is None:
             return False
-        row.state = JobState.QUEUED
-        row.reason = reason
-        row.lease_expires_at = None
-        self._change_attempt(job_id, attempt, reason=reason, preempted=preempted, ended_at=now)
-        self._session.execute(
-            update(TrialRow)
-            .where(TrialRow.job_id == job_id, TrialRow.state == TrialState.RUNNING)
-            .values(state=TrialState.PENDING)
-        )
+        self._release(row, JobState.QUEUED, reason, now, preempted=preempted)
         return True
 
     def fail_queued(self, job_id: str, reason: str, now: datetime) -> bool:
@@ -265,10 +333,10 @@ class JobRepository:
         return row is not None
 
     def attempts_without_progress(self, job_id: str) -> int:
-        """How many of the last attempts in a row ended no trial and trained no reference."""
+        """How many of the last attempts in a row ended no trial and trained nothing beside the trials."""
         ended_a_trial = select(func.max(TrialRow.attempt)).where(TrialRow.job_id == job_id)
         trained = select(func.max(AttemptRow.attempt)).where(
-            AttemptRow.job_id == job_id, AttemptRow.reference_device_seconds > 0
+            AttemptRow.job_id == job_id, AttemptRow.side_device_seconds > 0
         )
         last = max(self._session.scalar(query) or 0 for query in (ended_a_trial, trained))
         return (
@@ -292,6 +360,30 @@ class JobRepository:
         if row.idempotency_digest != idempotency.digest:
             raise Conflict(f"this Idempotency-Key was used for another body: it made job {row.id}")
         return row
+
+    def _locked(self, job_id: str) -> JobRow:
+        return _found(
+            self._session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update()), "job", job_id
+        )
+
+    def _release(
+        self, row: JobRow, state: JobState, reason: str | None, now: datetime, *, preempted: bool
+    ) -> None:
+        """Take a job from the attempt that runs it, if one does."""
+        self._session.execute(
+            update(AttemptRow)
+            .where(AttemptRow.job_id == row.id, AttemptRow.ended_at.is_(None))
+            .values(reason=reason or state, preempted=preempted, ended_at=now)
+        )
+        self._session.execute(
+            update(TrialRow)
+            .where(TrialRow.job_id == row.id, TrialRow.state == TrialState.RUNNING)
+            .values(state=TrialState.PENDING)
+        )
+        row.state = state
+        row.reason = reason
+        row.lease_expires_at = None
+        row.eta_seconds = row.eta_at = None
 
     def _current(self, job_id: str, attempt: int) -> JobRow | None:
         return self._session.scalar(
@@ -380,6 +472,16 @@ def _completed(job_id: str) -> Select[TrialRow]:
         .where(TrialRow.job_id == job_id, TrialRow.state == TrialState.COMPLETED)
         .order_by(TrialRow.number)
     )
+
+
+def _task_weights(row: JobRow) -> dict[str, float]:
+    """The job's tasks by name; where its spec names none they are all of its source's."""
+    own_metrics = [name.removeprefix("task.") for name in row.directions if name.startswith("task.")]
+    weights = {name.rpartition(".")[0]: 1.0 for name in own_metrics}
+    chosen = (
+        TaskChoice(name=task) if isinstance(task, str) else TaskChoice(**task) for task in row.spec["tasks"]
+    )
+    return weights | {task.name: task.weight for task in chosen}
 
 
 def _found(row: Row | None, kind: str, row_id: str) -> Row:

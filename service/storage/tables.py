@@ -59,6 +59,7 @@ class Table(DeclarativeBase):
         datetime: UtcDateTime(),
         dict[str, Any]: JSON(),
         list[list[str]]: JSON(none_as_null=True),
+        list[list[float | None]]: JSON(),
         str: Text(),
     }
 
@@ -90,6 +91,13 @@ class JobRow(Table):
     idempotency_digest: Mapped[str | None] = mapped_column(String(64))
     hypervolume: Mapped[float | None]
     reference_point: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    memory_until: Mapped[int | None] = mapped_column(
+        BigInteger
+    )  # last subset network of others that it knows
+    side_setting: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    verdict: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    eta_seconds: Mapped[float | None]  # from `eta_at` on
+    eta_at: Mapped[datetime | None]
     created_at: Mapped[datetime]
     started_at: Mapped[datetime | None]
     ended_at: Mapped[datetime | None]
@@ -108,7 +116,7 @@ class AttemptRow(Table):
     started_at: Mapped[datetime]
     last_seen_at: Mapped[datetime]
     ended_at: Mapped[datetime | None]
-    reference_device_seconds: Mapped[float]
+    side_device_seconds: Mapped[float]  # for references, subset networks, affinities and confirming runs
 
 
 class TrialRow(Table):
@@ -132,6 +140,7 @@ class TrialRow(Table):
     parameters: Mapped[dict[str, Any]]
     choices: Mapped[dict[str, Any]]
     seed: Mapped[int] = mapped_column(BigInteger)
+    origin: Mapped[str] = mapped_column(String(20), server_default="")  # older versions did not note it
     grouping: Mapped[list[list[str]] | None]
     values: Mapped[dict[str, Any]]
     test: Mapped[dict[str, Any]]
@@ -194,4 +203,85 @@ class ReferenceRow(Table):
     test: Mapped[dict[str, Any]]
     device_seconds: Mapped[float]
     latency_ms: Mapped[float]
+    at: Mapped[datetime]
+
+
+class JobReferenceRow(Table):
+    """Which references a job measures against."""
+
+    __tablename__ = "job_references"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)
+    reference: Mapped[int] = mapped_column(
+        ForeignKey("reference_networks.position", ondelete="CASCADE"), primary_key=True
+    )
+
+
+class SubsetRow(Table):
+    """A network for a subset of the tasks; it outlives its job, as other jobs may know it already."""
+
+    __tablename__ = "subset_networks"
+    __table_args__ = (
+        Index(None, "data", "backbone", "recipe", "epochs", "position"),
+        UniqueConstraint("job_id", "run", "subset", "seed"),
+        {"sqlite_autoincrement": True},
+    )
+
+    position: Mapped[int] = mapped_column(_Counter, primary_key=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))
+    run: Mapped[int]
+    data: Mapped[str]
+    backbone: Mapped[str]
+    recipe: Mapped[str]
+    epochs: Mapped[int]
+    subset: Mapped[str]  # canonical JSON: [[task, weight], ...]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    validation: Mapped[dict[str, Any]]
+    test: Mapped[dict[str, Any]]
+    at: Mapped[datetime]
+
+
+class AffinityRow(Table):
+    """How much tasks help each other, measured in one training; shared by all jobs on the same data."""
+
+    __tablename__ = "affinities"
+    __table_args__ = (
+        UniqueConstraint("data", "backbone", "recipe", "epochs", "method", "tasks", "seed"),
+        {"sqlite_autoincrement": True},
+    )
+
+    position: Mapped[int] = mapped_column(_Counter, primary_key=True)
+    job_id: Mapped[str | None] = mapped_column(ForeignKey("jobs.id", ondelete="SET NULL"))  # that measured it
+    data: Mapped[str]
+    backbone: Mapped[str]
+    recipe: Mapped[str]
+    epochs: Mapped[int]
+    method: Mapped[str] = mapped_column(String(100))
+    tasks: Mapped[str]  # canonical JSON: [[task, weight], ...]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    matrix: Mapped[list[list[float | None]]]
+    at: Mapped[datetime]
+
+
+class ConfirmationRow(Table):
+    """One training with a fresh seed of a point of the front, or of what that is compared with."""
+
+    __tablename__ = "confirmations"
+
+    trial_id: Mapped[str] = mapped_column(ForeignKey("trials.id", ondelete="CASCADE"), primary_key=True)
+    role: Mapped[str] = mapped_column(String(20), primary_key=True)
+    seed: Mapped[int] = mapped_column(BigInteger, primary_key=True)
+    sequence: Mapped[int]  # within the job
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id", ondelete="CASCADE"), index=True)
+    state: Mapped[str] = mapped_column(String(20))
+    reason: Mapped[str | None]
+    family: Mapped[str] = mapped_column(String(100))
+    backbone: Mapped[str] = mapped_column(String(100))
+    parameters: Mapped[dict[str, Any]]
+    grouping: Mapped[list[list[str]] | None]
+    values: Mapped[dict[str, Any]]
+    test: Mapped[dict[str, Any]]
+    tasks: Mapped[dict[str, Any]]
+    epochs: Mapped[int]
+    device_seconds: Mapped[float]
     at: Mapped[datetime]

@@ -1,19 +1,24 @@
 """The contract of `coterie.search.store.TrialStore`, held to every store."""
 
+import itertools
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
-from sqlalchemy import select
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from sqlalchemy import delete, event, select
 
 from coterie.search.spec import JobSpec
 from coterie.search.store import (
+    AffinityResult,
     Candidate,
+    Confirmation,
     Ending,
     Fenced,
     FrontUpdate,
@@ -22,22 +27,37 @@ from coterie.search.store import (
     Measurement,
     Reference,
     ReferenceKey,
+    Role,
+    Setting,
     StoredFile,
+    SubsetResult,
     Trial,
     TrialEnded,
     TrialState,
     TrialStore,
+    Verdict,
+    VerdictKind,
 )
-from coterie.service.storage import migrate
 from coterie.service.storage.database import Database
 from coterie.service.storage.repositories import JobRepository, TrialRepository
 from coterie.service.storage.store import SqlTrialStore
-from coterie.service.storage.tables import JobRow, MeasurementRow, TrialRow
+from coterie.service.storage.tables import AttemptRow, JobRow, MeasurementRow, TrialRow
 
 SPEC = JobSpec.model_validate({"dataset": {"source": "digits"}, "budget": {"trials": 5}})
 LEASE = timedelta(seconds=30)
 KEY = ReferenceKey(data="d", task="left", backbone="mlp-24-2", recipe="adam", epochs=20, seed=2**63 - 1)
 REFERENCE = Reference(validation={"error": 0.25}, test={"error": 0.5}, device_seconds=1.5, latency_ms=0.25)
+SETTING = Setting(data="d", backbone="mlp-24-2", recipe="adam", epochs=20)
+AFFINITY = AffinityResult(
+    method="one_step",
+    tasks=("left", "right"),
+    weights=(1.0, 0.5),
+    seed=2**63 - 1,
+    matrix=[[None, 0.25], [-0.5, None]],
+)
+VERDICT = Verdict(
+    kind=VerdictKind.GROUPS, words="In two groups.", trial_id="trial_0", grouping=[["left"], ["right", "up"]]
+)
 COMPLETED = Ending(
     state=TrialState.COMPLETED,
     values={"delta_m": 1.5, "macs": 100.0, "latency_ms": None},
@@ -58,6 +78,10 @@ class Job(Protocol):
     def history(self) -> list[tuple[str, float | None]]: ...
     def measurements(self) -> dict[tuple[str, int], Measurement]: ...
     def state(self) -> tuple[JobState, str | None]: ...
+    def used_references(self) -> set[ReferenceKey]: ...
+    def setting(self) -> Setting | None: ...
+    def verdict(self) -> Verdict | None: ...
+    def estimate(self) -> float | None: ...
 
 
 class MemoryJob:
@@ -84,6 +108,18 @@ class MemoryJob:
 
     def state(self) -> tuple[JobState, str | None]:
         return self._store.state
+
+    def used_references(self) -> set[ReferenceKey]:
+        return self._store.used_references
+
+    def setting(self) -> Setting | None:
+        return self._store.setting
+
+    def verdict(self) -> Verdict | None:
+        return self._store.verdict
+
+    def estimate(self) -> float | None:
+        return self._store.estimate
 
 
 class SqlJob:
@@ -128,19 +164,48 @@ class SqlJob:
             row = JobRepository(session).get(self.id)
             return JobState(row.state), row.reason
 
+    def used_references(self) -> set[ReferenceKey]:
+        with self.database.read() as session:
+            return {
+                ReferenceKey(
+                    data=row.data,
+                    task=row.task,
+                    backbone=row.backbone,
+                    recipe=row.recipe,
+                    epochs=row.epochs,
+                    seed=row.seed,
+                )
+                for row in JobRepository(session).references(self.id)
+            }
 
-@pytest.fixture
-def database(tmp_path: Path) -> Iterator[Database]:
-    url = f"sqlite:///{tmp_path / 'coterie.db'}"
-    migrate.prepare(url)
-    database = Database(url)
-    yield database
-    database.close()
+    def setting(self) -> Setting | None:
+        with self.database.read() as session:
+            found = JobRepository(session).get(self.id).side_setting
+        return None if found is None else Setting(**found)
+
+    def verdict(self) -> Verdict | None:
+        with self.database.read() as session:
+            found = JobRepository(session).get(self.id).verdict
+        return None if found is None else Verdict(**found)
+
+    def estimate(self) -> float | None:
+        with self.database.read() as session:
+            row = JobRepository(session).get(self.id)
+        assert (row.eta_seconds is None) == (row.eta_at is None)
+        return row.eta_seconds
+
+    def charged(self) -> float:
+        with self.database.read() as session:
+            return JobRepository(session).usage([self.id])[self.id].device_seconds
+
+    def delete(self) -> None:
+        with self.database.write() as session:
+            session.execute(delete(JobRow).where(JobRow.id == self.id))
 
 
-@pytest.fixture(params=["memory", "sql"])
+@pytest.fixture(params=["memory", "sqlite_database", "postgres_database"])
 def job(request: pytest.FixtureRequest) -> Job:
-    return MemoryJob() if request.param == "memory" else SqlJob(request.getfixturevalue("database"))
+    return MemoryJob() if request.param == "memory" else SqlJob(request.getfixturevalue(request.param))
 
 
 @pytest.fixture
@@ -161,6 +226,7 @@ def _trial(number: int = 0, name: str = "trial") -> Trial:
         ),
         choices={"family": "dmtg", "dmtg.groups": 2},
         seed=2**63 - 1,
+        origin="grouping",
     )
 
 
@@ -178,6 +244,29 @@ def _front(hypervolume: float | None = 2.5, displaced: tuple[str, ...] = ()) -> 
     return FrontUpdate(on_front=True, displaced=displaced, hypervolume=hypervolume, size=1)
 
 
+def _subset(*tasks: str, seed: int = 2**63 - 1, error: float = 0.25, run: int | None = None) -> SubsetResult:
+    return SubsetResult(
+        tasks=tasks,
+        weights=(1.0,) * len(tasks),
+        seed=seed,
+        validation={task: {"error": error} for task in tasks},
+        test={task: {"error": 2 * error} for task in tasks},
+        run=run,
+    )
+
+
+def _confirmation(
+    seed: int = 2**63 - 1, role: Role = Role.POINT, delta_m: float = 1.5, trial_id: str = "trial_0"
+) -> Confirmation:
+    return Confirmation(
+        trial_id=trial_id,
+        role=role,
+        candidate=_trial().candidate,
+        seed=seed,
+        ending=replace(COMPLETED, values={"delta_m": delta_m, "macs": None}, files={}),
+    )
+
+
 WRITES: dict[str, Callable[[TrialStore], None]] = {
     "beat": lambda store: store.beat(),
     "add_trial": lambda store: store.add_trial(_trial(9)),
@@ -187,23 +276,42 @@ WRITES: dict[str, Callable[[TrialStore], None]] = {
     "end_trial": lambda store: store.end_trial("trial_0", COMPLETED, _front(9.0)),
     "set_reference_point": lambda store: store.set_reference_point({"delta_m": -1.0}),
     "add_reference": lambda store: store.add_reference(KEY, REFERENCE),
+    "use_references": lambda store: store.use_references([KEY]),
+    "add_subsets": lambda store: store.add_subsets(SETTING, 3, [_subset("left")], 2.0),
+    "add_affinity": lambda store: store.add_affinity(SETTING, AFFINITY, 2.0),
+    "charge_side": lambda store: store.charge_side(2.0),
+    "use_setting": lambda store: store.use_setting(SETTING),
+    "add_confirmation": lambda store: store.add_confirmation(_confirmation()),
+    "set_verdict": lambda store: store.set_verdict(VERDICT),
+    "set_estimate": lambda store: store.set_estimate(60.0),
     "finish": lambda store: store.finish(JobState.FAILED, "wrong"),
 }
 TRIAL_WRITES = ("start_trial", "measure", "preempt", "end_trial")
+# What a driver writes again where it did not learn that it was kept, and other content under the same key.
+AGAIN: dict[str, Callable[[TrialStore], None]] = {
+    "add_trial": lambda store: store.add_trial(replace(_trial(9), seed=1)),
+    "add_subsets": lambda store: store.add_subsets(SETTING, 3, [_subset("left", error=0.5)], 2.0),
+    "add_affinity": lambda store: store.add_affinity(
+        SETTING, replace(AFFINITY, matrix=[[None] * 2] * 2), 2.0
+    ),
+    "add_confirmation": lambda store: store.add_confirmation(_confirmation(delta_m=9.0)),
+}
 
 
 def _everything(job: Job, store: TrialStore) -> Any:
     """All that can be seen of a job, but the time."""
     found = store.resume()
     return (
-        (found.trials, found.reference_device_seconds, found.reference_point),
-        (job.front(), job.history(), job.measurements(), job.state(), store.find_references([KEY])),
+        (found.trials, found.side_device_seconds, found.reference_point, found.confirmations),
+        (job.front(), job.history(), job.measurements(), job.state(), job.verdict(), job.estimate()),
+        (store.find_references([KEY]), job.used_references(), job.setting()),
+        (store.find_subsets(SETTING), store.find_affinities(SETTING)),
     )
 
 
 def test_a_new_job_has_nothing_to_resume(job: Job) -> None:
     found = job.attempt().resume()
-    assert (list(found.trials), found.seconds, found.reference_device_seconds, found.reference_point) == (
+    assert (list(found.trials), found.seconds, found.side_device_seconds, found.reference_point) == (
         [],
         0,
         0,
@@ -222,6 +330,7 @@ def test_a_trial_is_resumed_as_it_was_left(job: Job) -> None:
     [found] = store.resume().trials
     assert (found.state, found.epochs, found.device_seconds, found.crashes) == (TrialState.RUNNING, 2, 1.0, 0)
     assert (found.candidate, found.choices, found.seed) == (_trial().candidate, _trial().choices, 2**63 - 1)
+    assert found.origin == "grouping"
 
 
 def test_an_ended_trial_is_resumed_whole(job: Job) -> None:
@@ -354,7 +463,146 @@ def test_the_first_reference_stays_and_each_is_charged(job: Job) -> None:
     store.add_reference(KEY, REFERENCE)
     store.add_reference(KEY, replace(REFERENCE, latency_ms=9.0, device_seconds=2.0))
     assert store.find_references([KEY, other]) == {KEY: REFERENCE}
-    assert job.attempt().resume().reference_device_seconds == 3.5
+    assert job.attempt().resume().side_device_seconds == 3.5
+
+
+@pytest.mark.parametrize("write", AGAIN)
+def test_what_is_written_again_counts_once_and_nothing_else_takes_its_place(job: Job, write: str) -> None:
+    store = job.attempt()
+    store.add_trial(_trial(0))
+    WRITES[write](store)
+    before = _everything(job, store)
+    WRITES[write](store)
+    assert _everything(job, store) == before
+    with pytest.raises(ValueError, match="must be"):
+        AGAIN[write](store)
+    assert _everything(job, store) == before
+
+
+def test_a_job_notes_which_stored_references_it_uses(job: Job) -> None:
+    store = job.attempt()
+    other = replace(KEY, seed=1)
+    store.add_reference(KEY, REFERENCE)
+    for _ in range(2):
+        store.use_references([KEY])
+    with pytest.raises(KeyError):
+        store.use_references([other])
+    assert job.used_references() == {KEY}
+    store.add_reference(other, REFERENCE)
+    store.use_references([KEY, other])
+    assert job.used_references() == {KEY, other}
+
+
+def test_measurements_come_by_trial_and_epoch(job: Job) -> None:
+    store = job.attempt()
+    for number in range(3):
+        store.add_trial(_trial(number))
+    for number, epoch in ((0, 1), (0, 2), (0, 3), (1, 1), (2, 2)):
+        store.measure(f"trial_{number}", _measurement(epoch))
+    assert job.attempt().measurements_at([1, 3]) == {
+        "trial_0": {1: _measurement(1), 3: _measurement(3)},
+        "trial_1": {1: _measurement(1)},
+    }
+    assert store.measurements_at([]) == {}
+
+
+def test_subset_networks_come_by_setting_as_they_were_stored_and_are_charged(job: Job) -> None:
+    store = job.attempt()
+    assert store.find_subsets(SETTING) == []
+    first, second = [_subset("right", "up"), _subset("left")], [_subset("left", seed=1), _subset("right")]
+    store.add_subsets(SETTING, 0, first, 2.0)
+    store.add_subsets(replace(SETTING, epochs=5), 1, [_subset("up")], 0.25)
+    store.add_subsets(SETTING, 2, second, 1.5)
+    newer = job.attempt()
+    assert newer.find_subsets(SETTING) == [
+        *(replace(result, run=0) for result in first),
+        *(replace(result, run=2) for result in second),
+    ]
+    assert newer.find_subsets(replace(SETTING, epochs=5)) == [_subset("up", run=1)]
+    assert newer.resume().side_device_seconds == 3.75
+
+
+def test_of_subset_networks_with_equal_tasks_weights_and_seed_the_first_counts(job: Job) -> None:
+    store = job.attempt()
+    lighter = replace(_subset("left", "up"), weights=(1.0, 0.5))
+    store.add_subsets(SETTING, 0, [_subset("left", "up"), lighter], 1.0)
+    store.add_subsets(SETTING, 1, [_subset("left", "up", error=0.75), _subset("left", "up", seed=1)], 1.0)
+    assert store.find_subsets(SETTING) == [
+        _subset("left", "up", run=0),
+        replace(lighter, run=0),
+        _subset("left", "up", seed=1, run=1),
+    ]
+
+
+def test_affinities_come_by_setting_and_are_charged(job: Job) -> None:
+    store = job.attempt()
+    other = replace(AFFINITY, seed=1)
+    for result in (AFFINITY, other):
+        store.add_affinity(SETTING, result, 1.25)
+    store.add_affinity(replace(SETTING, data="other"), AFFINITY, 1.0)
+    assert store.find_affinities(SETTING) == [AFFINITY, other]
+    assert store.resume().side_device_seconds == 3.5
+
+
+def test_a_side_run_that_gave_nothing_is_charged(job: Job) -> None:
+    job.attempt().charge_side(1.5)
+    store = job.attempt()
+    store.charge_side(0.25)
+    assert store.resume().side_device_seconds == 1.75
+    assert store.find_subsets(SETTING) == []
+
+
+def test_the_last_setting_counts(job: Job) -> None:
+    store = job.attempt()
+    assert job.setting() is None
+    store.use_setting(replace(SETTING, epochs=1))
+    store.use_setting(SETTING)
+    assert job.setting() == SETTING
+
+
+def test_confirming_runs_are_resumed_in_their_order_and_charged(job: Job) -> None:
+    store = job.attempt()
+    store.add_trial(_trial(0))
+    store.end_trial("trial_0", COMPLETED, _front())
+    failed = Ending(state=TrialState.FAILED, reason="ran out of memory", epochs=2, device_seconds=0.5)
+    runs = [
+        _confirmation(seed=5),
+        _confirmation(seed=5, role=Role.SHARED),
+        replace(_confirmation(seed=3), ending=failed),
+    ]
+    for run in runs:
+        store.add_confirmation(run)
+    found = job.attempt().resume()
+    assert list(found.confirmations) == runs
+    assert found.side_device_seconds == 9.5
+    assert job.history() == [("trial_0", 2.5)]
+
+
+def test_a_confirming_run_is_for_a_trial_of_the_job(job: Job) -> None:
+    store = job.attempt()
+    with pytest.raises(KeyError):
+        store.add_confirmation(_confirmation())
+    assert list(store.resume().confirmations) == []
+
+
+def test_the_last_verdict_counts(job: Job) -> None:
+    store = job.attempt()
+    assert job.verdict() is None
+    store.set_verdict(VERDICT)
+    assert job.verdict() == VERDICT
+    unknown = Verdict(kind=VerdictKind.UNKNOWN, words="Nothing was confirmed.")
+    store.set_verdict(unknown)
+    assert job.verdict() == unknown
+
+
+def test_the_last_estimate_counts(job: Job) -> None:
+    store = job.attempt()
+    assert job.estimate() is None
+    store.set_estimate(60.0)
+    store.set_estimate(30.0)
+    assert job.estimate() == 30.0
+    store.set_estimate(None)
+    assert job.estimate() is None
 
 
 def test_only_the_time_that_earlier_attempts_ran_counts(job: Job) -> None:
@@ -382,6 +630,9 @@ def test_what_comes_out_is_the_callers(job: Job) -> None:
     [again] = store.resume().trials
     assert again.ending == COMPLETED
     assert again.choices == _trial().choices
+    store.add_subsets(SETTING, 0, [_subset("left")], 1.0)
+    store.find_subsets(SETTING)[0].validation["left"]["error"] = 9.0  # type: ignore[index]
+    assert store.find_subsets(SETTING) == [_subset("left", run=0)]
 
 
 def test_threads_may_share_a_store(job: Job) -> None:
@@ -442,6 +693,150 @@ def test_a_store_reaches_only_its_own_job(sql_job: SqlJob) -> None:
         second.start_trial("trial_0")
     second.add_trial(_trial(0, "other"))
     assert [trial.id for trial in second.resume().trials] == ["other_0"]
+
+
+def test_an_estimate_is_of_one_attempt_alone(sql_job: SqlJob) -> None:
+    sql_job.attempt().set_estimate(60.0)
+    store = sql_job.attempt()
+    assert sql_job.estimate() is None
+    store.set_estimate(60.0)
+    store.finish(JobState.SUCCEEDED, None)
+    assert sql_job.estimate() is None
+
+
+def test_a_job_knows_the_subset_networks_that_were_stored_before_it_began(database: Database) -> None:
+    earlier = SqlJob(database)
+    store = earlier.attempt()
+    store.add_subsets(SETTING, 0, [_subset("left"), _subset("right")], 1.0)
+    later = SqlJob(database)
+    store.add_subsets(SETTING, 1, [_subset("up")], 1.0)
+    knowing = later.attempt()
+    known = [_subset("left"), _subset("right"), _subset("up")]
+    assert knowing.find_subsets(SETTING) == known
+    store.add_subsets(SETTING, 2, [_subset("left", "up")], 1.0)
+    assert later.attempt().find_subsets(SETTING) == known
+    assert later.charged() == 0
+    assert SqlJob(database).attempt().find_subsets(SETTING) == [*known, _subset("left", "up")]
+
+
+def test_a_jobs_own_subset_network_counts_before_anothers(database: Database) -> None:
+    first = SqlJob(database).attempt()
+    first.add_subsets(SETTING, 0, [_subset("left"), _subset("right")], 1.0)
+    second = SqlJob(database).attempt()
+    second.add_subsets(SETTING, 0, [_subset("left", error=0.75)], 1.0)
+    assert second.find_subsets(SETTING) == [_subset("right"), _subset("left", error=0.75, run=0)]
+    third = SqlJob(database).attempt()
+    assert third.find_subsets(SETTING) == [_subset("left"), _subset("right")]
+
+
+_EXAMPLES = itertools.count()
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, 2),  # the job that does it; the last one is watched
+            st.sampled_from(["write", "write again", "new attempt", "delete"]),
+            st.sampled_from([("left",), ("right",), ("left", "right")]),
+            st.integers(0, 1),  # seed
+        ),
+        max_size=12,
+    ),
+    begins=st.integers(0, 12),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_what_a_job_knows_of_others_never_changes_once_it_began(
+    database: Database, steps: list[tuple[int, str, tuple[str, ...], int]], begins: int
+) -> None:
+    setting = replace(SETTING, data=f"example {next(_EXAMPLES)}")
+    others = [SqlJob(database) for _ in range(2)]
+    stores = [other.attempt() for other in others]
+    deleted: set[int] = set()
+    watched: SqlJob | None = None
+    own: list[SubsetResult] = []
+    before: list[SubsetResult] = []
+    for run, (which, action, tasks, seed) in enumerate(steps):
+        if run == begins:
+            watched = SqlJob(database)
+            stores.append(watched.attempt())
+            before = stores[2].find_subsets(setting)
+        if which in deleted or (which == 2 and watched is None):
+            continue
+        result = _subset(*tasks, seed=seed, error=run / 16)
+        if action == "new attempt":
+            stores[which] = (watched if which == 2 and watched else others[which]).attempt()
+        elif action != "delete":
+            for _ in range(2 if action == "write again" else 1):
+                stores[which].add_subsets(setting, run, [result], 1.0)
+            if which == 2:
+                own.append(replace(result, run=run))
+        elif which != 2:
+            others[which].delete()
+            deleted.add(which)
+    if watched is None:
+        return
+    expected = {(result.tasks, result.seed): result for result in before}
+    for result in reversed(own):
+        expected[result.tasks, result.seed] = result
+    found = stores[2].find_subsets(setting)
+    assert {(result.tasks, result.seed): result for result in found} == expected
+    assert len(found) == len(expected)
+
+
+def test_subset_networks_that_another_job_is_just_storing_stay_unknown(postgres_database: Database) -> None:
+    """PostgreSQL counts a row when it is written and shows it when it is committed, maybe out of order."""
+    slow = SqlJob(postgres_database)
+    slow.attempt()
+    with postgres_database.write() as session:
+        attempt = JobRepository(session).get(slow.id).attempt
+    quick = SqlJob(postgres_database).attempt()
+    watched = SqlJob(postgres_database)
+    written, may_commit = threading.Event(), threading.Event()
+    connection = Database(postgres_database.engine.url.render_as_string(hide_password=False))
+
+    def hold(_: object) -> None:
+        written.set()
+        may_commit.wait()
+
+    event.listen(connection.engine, "commit", hold)
+    with ThreadPoolExecutor(2) as pool:
+        try:
+            held = pool.submit(
+                SqlTrialStore(connection, slow.id, attempt).add_subsets, SETTING, 0, [_subset("left")], 1.0
+            )
+            assert written.wait(10)
+            waits = pool.submit(quick.add_subsets, SETTING, 0, [_subset("right")], 1.0)
+            time.sleep(0.2)  # long enough for it to be stored, were it not held back
+            store = watched.attempt()
+            before = store.find_subsets(SETTING)
+        finally:
+            may_commit.set()
+        held.result(), waits.result()
+    assert store.find_subsets(SETTING) == before
+    connection.close()
+
+
+def test_the_first_of_two_jobs_affinities_stays_and_both_are_charged(database: Database) -> None:
+    first, second = SqlJob(database), SqlJob(database)
+    stores = [job.attempt() for job in (first, second)]
+    stores[0].add_affinity(SETTING, AFFINITY, 1.0)
+    stores[1].add_affinity(SETTING, replace(AFFINITY, matrix=[[None, 9.0], [9.0, None]]), 2.0)
+    assert [store.find_affinities(SETTING) for store in stores] == [[AFFINITY]] * 2
+    assert (first.charged(), second.charged()) == (1.0, 2.0)
+    first.delete()
+    assert stores[1].find_affinities(SETTING) == [AFFINITY]
+
+
+def test_side_runs_are_charged_to_the_attempt_that_trained_them(sql_job: SqlJob) -> None:
+    old = sql_job.attempt()
+    old.add_trial(_trial(0))
+    old.add_subsets(SETTING, 0, [_subset("left")], 1.0)
+    new = sql_job.attempt()
+    new.add_affinity(SETTING, AFFINITY, 2.0)
+    new.add_confirmation(_confirmation())
+    with sql_job.database.read() as session:
+        attempts = session.scalars(select(AttemptRow).order_by(AttemptRow.attempt))
+        assert [row.side_device_seconds for row in attempts] == [1.0, 6.5]
 
 
 def test_the_driver_is_fenced_at_once_when_its_job_is_given_up_or_cancelled(sql_job: SqlJob) -> None:

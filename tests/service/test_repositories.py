@@ -1,10 +1,27 @@
+from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
 from sqlalchemy import select
 
 from coterie.search.spec import JobSpec
-from coterie.search.store import Candidate, Ending, JobState, Reference, ReferenceKey, Trial, TrialState
+from coterie.search.store import (
+    AffinityResult,
+    Candidate,
+    Confirmation,
+    Ending,
+    Fenced,
+    JobState,
+    Measurement,
+    Reference,
+    ReferenceKey,
+    Role,
+    Setting,
+    SubsetResult,
+    Trial,
+    TrialState,
+)
 from coterie.service.storage.database import Database
 from coterie.service.storage.repositories import (
     Claimed,
@@ -15,23 +32,72 @@ from coterie.service.storage.repositories import (
     TrialRepository,
 )
 from coterie.service.storage.store import SqlTrialStore
-from coterie.service.storage.tables import JobRow
+from coterie.service.storage.tables import AttemptRow, JobRow
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 LEASE = timedelta(seconds=30)
+DIRECTIONS = {"delta_m": "maximize", "task.left.error": "minimize", "task.up.right.error": "minimize"}
+KEY = ReferenceKey(data="d", task="left", backbone="b", recipe="r", epochs=1, seed=1)
+REFERENCE = Reference(validation={}, test={}, device_seconds=1.5, latency_ms=1.0)
+SETTING = Setting(data="d", backbone="b", recipe="r", epochs=1)
+SUBSET = SubsetResult(tasks=("left",), weights=(1.0,), seed=1, validation={}, test={})
+AFFINITY = AffinityResult(
+    method="one_step",
+    tasks=("left", "up.right"),
+    weights=(1.0, 1.0),
+    seed=1,
+    matrix=[[None, 1.0], [2.0, None]],
+)
 
 
-def _create(database: Database, *, priority: int = 0, key: Idempotency | None = None) -> str:
+@pytest.fixture(params=["sqlite_database", "postgres_database"])
+def database(request: pytest.FixtureRequest) -> Database:
+    """Each kind of database in turn."""
+    database: Database = request.getfixturevalue(request.param)
+    return database
+
+
+def _create(
+    database: Database,
+    *,
+    priority: int = 0,
+    key: Idempotency | None = None,
+    tasks: list[object] | None = None,
+) -> str:
     spec = JobSpec.model_validate(
-        {"dataset": {"source": "digits"}, "budget": {"trials": 2}, "priority": priority}
+        {
+            "dataset": {"source": "digits"},
+            "budget": {"trials": 2},
+            "priority": priority,
+            "tasks": tasks or [],
+        }
     )
     with database.write() as session:
-        return JobRepository(session).create(spec, {"delta_m": "maximize"}, NOW, key)[0].id
+        return JobRepository(session).create(spec, DIRECTIONS, NOW, key)[0].id
 
 
 def _claim(database: Database, now: datetime = NOW) -> Claimed | None:
     with database.write() as session:
         return JobRepository(session).claim_next(now, LEASE)
+
+
+def _start(database: Database, tasks: list[object] | None = None) -> tuple[str, SqlTrialStore]:
+    """A running job, first of those that wait, and its driver's store."""
+    job_id = _create(database, tasks=tasks)
+    claimed = _claim(database)
+    assert claimed is not None
+    assert claimed.job_id == job_id
+    return job_id, SqlTrialStore(database, job_id, claimed.attempt)
+
+
+def _pause(database: Database, job_id: str) -> None:
+    with database.write() as session:
+        JobRepository(session).pause(job_id, NOW)
+
+
+def _resume(database: Database, job_id: str) -> None:
+    with database.write() as session:
+        JobRepository(session).resume(job_id)
 
 
 def _requeue(database: Database, job_id: str, attempt: int) -> bool:
@@ -42,6 +108,20 @@ def _requeue(database: Database, job_id: str, attempt: int) -> bool:
 def _trial(number: int) -> Trial:
     candidate = Candidate(family="shared", backbone="mlp", parameters={})
     return Trial(id=f"trial_{number}", number=number, candidate=candidate, choices={}, seed=1)
+
+
+def _measurement(epoch: int) -> Measurement:
+    return Measurement(epoch=epoch, values={}, tasks={}, device_seconds=1.0, worker="host:1")
+
+
+def _confirmation(trial_id: str, seed: int) -> Confirmation:
+    return Confirmation(
+        trial_id=trial_id,
+        role=Role.POINT,
+        candidate=_trial(0).candidate,
+        seed=seed,
+        ending=Ending(state=TrialState.COMPLETED, device_seconds=2.0),
+    )
 
 
 def test_times_come_back_in_utc_to_the_microsecond(database: Database) -> None:
@@ -155,11 +235,176 @@ def test_attempts_that_end_no_trial_are_counted(database: Database) -> None:
     _requeue(database, job_id, 5)
     assert fruitless() == 1
     _claim(database)
-    key = ReferenceKey(data="d", task="t", backbone="b", recipe="r", epochs=1, seed=1)
-    SqlTrialStore(database, job_id, 6).add_reference(
-        key, Reference(validation={}, test={}, device_seconds=1.0, latency_ms=1.0)
-    )
-    assert fruitless() == 0
+    _pause(database, job_id)
+    assert fruitless() == 1
+    _resume(database, job_id)
+    _claim(database)
+    _requeue(database, job_id, 7)
+    assert fruitless() == 2
+
+
+SIDE_RUNS: dict[str, Callable[[SqlTrialStore], None]] = {
+    "reference": lambda store: store.add_reference(KEY, REFERENCE),
+    "subset networks": lambda store: store.add_subsets(SETTING, 0, [SUBSET], 1.0),
+    "affinity": lambda store: store.add_affinity(SETTING, AFFINITY, 1.0),
+    "confirming run": lambda store: store.add_confirmation(_confirmation("trial_0", 1)),
+}
+
+
+@pytest.mark.parametrize("run", SIDE_RUNS)
+def test_what_is_trained_beside_the_trials_is_progress(database: Database, run: str) -> None:
+    job_id, store = _start(database)
+    store.add_trial(_trial(0))
+    _requeue(database, job_id, 1)
+    _claim(database)
+    SIDE_RUNS[run](SqlTrialStore(database, job_id, 2))
+    _requeue(database, job_id, 2)
+    with database.read() as session:
+        assert JobRepository(session).attempts_without_progress(job_id) == 0
+
+
+def test_a_paused_job_waits_with_its_trials_and_its_driver_is_fenced(database: Database) -> None:
+    job_id, store = _start(database)
+    for number in range(3):
+        store.add_trial(_trial(number))
+    store.measure("trial_0", _measurement(3))
+    store.end_trial("trial_1", Ending(state=TrialState.COMPLETED), None)
+    store.set_estimate(60.0)
+    with database.write() as session:
+        row = JobRepository(session).pause(job_id, NOW)
+        assert (row.state, row.reason, row.lease_expires_at) == (JobState.PAUSED, None, None)
+        assert (row.eta_seconds, row.eta_at) == (None, None)
+        assert JobRepository(session).running() == []
+    with pytest.raises(Fenced):
+        store.measure("trial_0", _measurement(4))
+    states = [(trial.state, trial.epochs, trial.crashes) for trial in store.resume().trials]
+    assert states == [("pending", 3, 0), ("completed", 0, 0), ("pending", 0, 0)]
+    assert _claim(database) is None
+    with database.read() as session:
+        attempt = session.scalars(select(AttemptRow)).one()
+        assert (attempt.ended_at, attempt.preempted) == (NOW, True)
+
+
+def test_a_resumed_job_goes_on_with_a_new_attempt(database: Database) -> None:
+    job_id, store = _start(database)
+    store.add_trial(_trial(0))
+    _pause(database, job_id)
+    _resume(database, job_id)
+    again = _claim(database)
+    assert again == Claimed(job_id, 2, "search")
+    with pytest.raises(Fenced):
+        store.beat()
+    SqlTrialStore(database, job_id, 2).start_trial("trial_0")
+
+
+def test_a_job_can_be_paused_before_it_runs(database: Database) -> None:
+    job_id = _create(database)
+    _pause(database, job_id)
+    assert _claim(database) is None
+    _resume(database, job_id)
+    assert _claim(database) == Claimed(job_id, 1, "search")
+
+
+def test_time_paused_is_not_charged(database: Database) -> None:
+    job_id = _create(database)
+    for attempt, start in ((1, NOW), (2, NOW + timedelta(hours=1))):
+        _claim(database, start)
+        with database.write() as session:
+            JobRepository(session).set_driver(job_id, attempt, "host:1", start + timedelta(seconds=attempt))
+        _pause(database, job_id)
+        _resume(database, job_id)
+    with database.read() as session:
+        assert JobRepository(session).usage([job_id])[job_id].seconds == 0
+
+
+def test_only_what_waits_or_runs_can_be_paused_and_only_what_is_paused_resumed(database: Database) -> None:
+    job_id = _create(database)
+    with pytest.raises(Conflict, match="is queued: only a paused job can be resumed"):
+        _resume(database, job_id)
+    _claim(database)
+    with pytest.raises(Conflict, match="is running: only a paused job can be resumed"):
+        _resume(database, job_id)
+    _pause(database, job_id)
+    with pytest.raises(Conflict, match="is paused: only a queued or running job can be paused"):
+        _pause(database, job_id)
+    with database.write() as session:
+        assert JobRepository(session).cancel(job_id, NOW).state == JobState.CANCELLED
+    with pytest.raises(Conflict, match="is cancelled: only a queued or running job can be paused"):
+        _pause(database, job_id)
+    with pytest.raises(Conflict, match="is cancelled: only a paused job can be resumed"):
+        _resume(database, job_id)
+    for call in (_pause, _resume):
+        with pytest.raises(NotFound, match="no job job_x"):
+            call(database, "job_x")
+
+
+def test_a_paused_job_can_be_cancelled_with_its_trials(database: Database) -> None:
+    job_id, store = _start(database)
+    store.add_trial(_trial(0))
+    store.start_trial("trial_0")
+    _pause(database, job_id)
+    with database.write() as session:
+        JobRepository(session).cancel(job_id, NOW)
+    assert [trial.state for trial in store.resume().trials] == [TrialState.CANCELLED]
+
+
+def test_a_job_shows_the_references_that_it_uses(database: Database) -> None:
+    job_id, store = _start(database)
+    for seed in (1, 2, 3):
+        store.add_reference(replace(KEY, seed=seed), REFERENCE)
+    store.use_references([replace(KEY, seed=3), KEY])
+    with database.read() as session:
+        assert [row.seed for row in JobRepository(session).references(job_id)] == [1, 3]
+
+
+def test_a_job_shows_the_subset_networks_that_its_driver_knows(database: Database) -> None:
+    _, first = _start(database)
+    first.add_subsets(SETTING, 0, [SUBSET, replace(SUBSET, seed=2)], 1.0)
+    job_id, store = _start(database)
+    first.add_subsets(SETTING, 1, [replace(SUBSET, seed=3)], 1.0)
+    store.add_subsets(SETTING, 0, [SUBSET], 1.0)
+    store.add_subsets(replace(SETTING, epochs=2), 1, [SUBSET], 1.0)
+    with database.read() as session:
+        assert JobRepository(session).subsets(job_id) == []
+    store.use_setting(SETTING)
+    with database.read() as session:
+        found = JobRepository(session).subsets(job_id)
+    assert [(row.seed, row.job_id == job_id) for row in found] == [(2, False), (1, True)]
+
+
+@pytest.mark.parametrize(
+    ("tasks", "shown"),
+    [
+        ([], [1]),
+        (["left", "up.right"], [1]),
+        (["up.right", {"name": "left", "weight": 0.5}], [2]),
+    ],
+)
+def test_a_job_shows_the_affinities_of_its_tasks_with_its_weights(
+    database: Database, tasks: list[object], shown: list[int]
+) -> None:
+    _, other = _start(database)
+    job_id, store = _start(database, tasks=tasks)
+    other.add_affinity(SETTING, AFFINITY, 1.0)
+    other.add_affinity(SETTING, replace(AFFINITY, weights=(0.5, 1), seed=2), 1.0)
+    other.add_affinity(SETTING, replace(AFFINITY, tasks=("left", "down"), seed=3), 1.0)
+    other.add_affinity(SETTING, replace(AFFINITY, method="another", seed=4), 1.0)
+    other.add_affinity(replace(SETTING, epochs=2), replace(AFFINITY, seed=5), 1.0)
+    with database.read() as session:
+        assert JobRepository(session).affinities(job_id) == []
+    store.use_setting(SETTING)
+    with database.read() as session:
+        assert [row.seed for row in JobRepository(session).affinities(job_id)] == shown
+
+
+def test_a_job_shows_its_confirming_runs_in_order(database: Database) -> None:
+    job_id, store = _start(database)
+    store.add_trial(_trial(0))
+    for seed in (3, 1, 2):
+        store.add_confirmation(_confirmation("trial_0", seed))
+    with database.read() as session:
+        assert [row.seed for row in JobRepository(session).confirmations(job_id)] == [3, 1, 2]
+        assert JobRepository(session).usage([job_id])[job_id].device_seconds == 6.0
 
 
 def test_only_a_waiting_job_fails_without_a_driver(database: Database) -> None:
@@ -201,8 +446,7 @@ def test_usage_sums_trials_references_and_attempts(database: Database) -> None:
     for number, state in enumerate((TrialState.COMPLETED, TrialState.COMPLETED, TrialState.FAILED)):
         store.add_trial(_trial(number))
         store.end_trial(f"trial_{number}", Ending(state=state, device_seconds=2.0), None)
-    key = ReferenceKey(data="d", task="t", backbone="b", recipe="r", epochs=1, seed=1)
-    store.add_reference(key, Reference(validation={}, test={}, device_seconds=1.5, latency_ms=1.0))
+    store.add_reference(KEY, REFERENCE)
     with database.read() as session:
         usage = JobRepository(session).usage([job_id, other])
     assert usage[job_id].trials == {TrialState.COMPLETED: 2, TrialState.FAILED: 1}
