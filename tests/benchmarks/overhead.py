@@ -1,19 +1,26 @@
-"""Seconds a trial beyond its training: the whole service beside plain Ray Tune, in one run.
+"""What the search costs beyond its training: whole trials, places on the front, reports of an epoch.
 
-    python tests/benchmarks/overhead.py [TRIALS] [ROUNDS]
+    python tests/benchmarks/overhead.py [SECTION ...] [--trials N] [--rounds N]
 
-Both sides run trials one at a time on actors that are kept alive (`reuse_actors`), each on a Ray head of its
-own, in turns. Four kinds of trial are timed, each as the mean time from the first trial's end to the last's:
+Sections (all by default):
 
-- `service`: a candidate that does next to nothing (30 samples, 8 neurons, 1 epoch), from HTTP to SQL:
-  proposed by TPE, trained, checkpointed, measured, exported to files, placed on the front.
-- `tune with optuna, same work`: plain Ray Tune with its own Optuna search (TPE), the same training and
-  export, and no database, no checkpoint, no front.
-- `tune, same work`: that without Optuna, random candidates drawn in advance.
-- `tune, nothing`: plain Ray Tune with a step that returns at once. Its result files are off, which favours
-  it.
+- `trial`: seconds a trial beyond its training, the whole service beside plain Ray Tune. Both sides run trials
+  one at a time on actors that are kept alive (`reuse_actors`), each on a Ray head of its own, in turns. Four
+  kinds are timed, each as the mean time from the first trial's end to the last's:
+  - `service`: a candidate that does next to nothing (30 samples, 8 neurons, 1 epoch), from HTTP to SQL:
+    proposed by TPE, trained, checkpointed, measured, exported to files, placed on the front.
+  - `tune with optuna, same work`: plain Ray Tune with its own Optuna search (TPE), the same training and
+    export, and no database, no checkpoint, no front.
+  - `tune, same work`: that without Optuna, random candidates drawn in advance.
+  - `tune, nothing`: plain Ray Tune with a step that returns at once. Its result files are off, which favours
+    it.
+- `front`: one more trial beside 10,000 on a front of 3 objectives, with the new hypervolume, beside
+  `study.best_trials` of Optuna after it was told the same trial, which yields no hypervolume.
+- `report`: one more report beside 2,000 trials at the lowest rung: of the scheduler alone, and of the whole
+  controller (ledger, scheduler, recorder), with what ends the trial where it is stopped.
 """
 
+import argparse
 import json
 import os
 import socket
@@ -21,13 +28,36 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import httpx
+import numpy as np
+import optuna
 
+from coterie.models.tasks import KIND_METRICS, Direction
+from coterie.search.budget import Ledger
+from coterie.search.controller import SearchController
+from coterie.search.front import Front
+from coterie.search.objective import Yardstick
+from coterie.search.plan import Plan, make_plan
+from coterie.search.recorder import Recorder
+from coterie.search.sampler import Proposal
+from coterie.search.scheduler import make_scheduler
+from coterie.search.spec import JobSpec, SchedulerSpec
+from coterie.search.store import (
+    AffinityResult,
+    Candidate,
+    FolderArtifacts,
+    InMemoryStore,
+    Measurement,
+    SubsetResult,
+    Trial,
+)
 from coterie.service.ray_head import start_head
 
 SPEC: dict[str, Any] = {
@@ -36,6 +66,10 @@ SPEC: dict[str, Any] = {
     "budget": {"epochs": 1, "concurrent": 1},
 }
 READY_SECONDS = 60
+ON_THE_FRONT = 10_000
+AT_THE_RUNG = 2_000
+REPORTS = 200  # timed ones
+QUESTIONS = 5  # to Optuna, at seconds each
 
 
 def time_service(trials: int) -> float:
@@ -110,11 +144,6 @@ def run_tune(trials: int, work: str, folder: str) -> None:
     from ray.tune.search import ConcurrencyLimiter
     from ray.tune.search.optuna import OptunaSearch
 
-    from coterie.models.tasks import KIND_METRICS
-    from coterie.search.objective import Yardstick
-    from coterie.search.plan import make_plan
-    from coterie.search.spec import JobSpec
-    from coterie.search.store import Candidate
     from coterie.search.trial import Assignment, Training, make_bench
 
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
@@ -136,8 +165,7 @@ def run_tune(trials: int, work: str, folder: str) -> None:
         def setup(self, config: dict[str, Any]) -> None:
             plan = make_plan(JobSpec.model_validate(SPEC | {"budget": {"trials": 1, "epochs": 1}}))
             self.bench = make_bench(plan.tasks, plan.source.load(plan.options), cpus=1, gpus=0)
-            ones = {task.name: dict.fromkeys(KIND_METRICS[task.kind], 1.0) for task in plan.tasks}
-            self.yardstick = Yardstick(validation=ones, test=ones, costs={})
+            self.yardstick = even_yardstick(plan)
 
         def step(self) -> dict[str, Any]:
             recipe = {"width": 8, "depth": 1, "batch_size": 64, **self.config}
@@ -171,12 +199,13 @@ def run_tune(trials: int, work: str, folder: str) -> None:
     print(json.dumps((ends[-1] - ends[0]) / (len(ends) - 1)))
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--tune"]:
-        run_tune(int(sys.argv[2]), sys.argv[3], sys.argv[4])
-        return
-    trials = int(sys.argv[1]) if len(sys.argv) > 1 else 100
-    rounds = int(sys.argv[2]) if len(sys.argv) > 2 else 3
+def even_yardstick(plan: Plan) -> Yardstick:
+    """One that nothing was trained for."""
+    ones = {task.name: dict.fromkeys(KIND_METRICS[task.kind], 1.0) for task in plan.tasks}
+    return Yardstick(validation=ones, test=ones, costs={})
+
+
+def compare_trials(trials: int, rounds: int) -> None:
     kinds = {
         "service": lambda: time_service(trials),
         "tune with optuna, same work": lambda: time_tune(trials, "optuna"),
@@ -191,6 +220,165 @@ def main() -> None:
     for other in list(kinds)[1:]:
         ratios = [ours / theirs for ours, theirs in zip(seconds["service"], seconds[other], strict=True)]
         print(f"service / {other}: {median(ratios):.2f} (median of {rounds} pairs)")
+
+
+def timed(action: Callable[[], object]) -> float:
+    """Its milliseconds."""
+    began = time.perf_counter()
+    action()
+    return 1000 * (time.perf_counter() - began)
+
+
+def in_words(milliseconds: Sequence[float]) -> str:
+    return f"median {median(milliseconds):8.3f} ms, p95 {np.percentile(milliseconds, 95):8.3f} ms"
+
+
+def random_values(objectives: int, number: int, *, one_front: bool) -> Iterator[dict[str, float]]:
+    """Values to minimise: anywhere in the unit cube, or all of them on one front."""
+    found_ND = np.random.default_rng(0).random((number, objectives))
+    if one_front:
+        found_ND = 1 - found_ND / np.linalg.norm(found_ND, axis=1, keepdims=True)
+    for found_D in found_ND.tolist():
+        yield {f"metric_{index}": value for index, value in enumerate(found_D)}
+
+
+def named_objectives(number: int) -> list[tuple[str, Direction]]:
+    return [(f"metric_{index}", Direction.MINIMIZE) for index in range(number)]
+
+
+def compare_fronts() -> None:
+    objectives = named_objectives(3)
+    for one_front in (True, False):
+        front = Front(objectives, {metric: 1.1 for metric, _ in objectives})
+        study = optuna.create_study(directions=["minimize"] * len(objectives))
+        ours: list[float] = []
+        theirs: list[float] = []
+        trials = random_values(len(objectives), ON_THE_FRONT + REPORTS, one_front=one_front)
+        for number, values in enumerate(trials):
+            insert = partial(front.insert, str(number), values)
+            if number < ON_THE_FRONT:
+                insert()
+            else:
+                ours.append(timed(insert))
+            if len(theirs) < QUESTIONS:
+                study.add_trial(optuna.trial.create_trial(values=[*values.values()]))
+            if number >= ON_THE_FRONT and len(theirs) < QUESTIONS:
+                theirs.append(timed(lambda study=study: study.best_trials))
+        print(f"one more of {ON_THE_FRONT} trials, {len(front.points)} on the front in the end")
+        print(f"  insertion with hypervolume  {in_words(ours)}")
+        print(f"  study.best_trials           {in_words(theirs)}")
+        print(f"  ratio of the medians        {median(theirs) / median(ours):.0f}", flush=True)
+
+
+def time_reports() -> None:
+    print(f"one more report beside {AT_THE_RUNG} at the lowest rung")
+    for number in (1, 2, 3, 5):
+        for one_front in (False, True) if number > 1 else (False,):
+            objectives = named_objectives(number)
+            scheduler = make_scheduler(SchedulerSpec(name="pareto_asha"), objectives, epochs=20)
+            rung = scheduler.rungs[0]
+            reports: list[float] = []
+            trials = random_values(number, AT_THE_RUNG + REPORTS, one_front=one_front)
+            for trial, values in enumerate(trials):
+                report = partial(scheduler.report, trial, rung, values)
+                if trial < AT_THE_RUNG:
+                    scheduler.recall(trial, rung, values)
+                else:
+                    reports.append(timed(report))
+            where = "all on one front" if one_front else "anywhere"
+            print(f"  scheduler, {number} objectives, {where:16}  {in_words(reports)}", flush=True)
+    at_rungs, others = time_controller()
+    print(f"  controller, at the rung, 2 objectives      {in_words(at_rungs)}")
+    print(f"  controller, between rungs, 2 objectives    {in_words(others)}")
+
+
+class Numbered:
+    """A sampler that thinks of nothing: what it would take is no part of a report."""
+
+    def ask(self, number: int) -> Proposal:
+        candidate = Candidate(family="shared", backbone="mlp", parameters={"number": number})
+        return Proposal(candidate=candidate, choices={}, origin="numbered")
+
+    def tell(self, trial: Trial) -> None: ...
+
+    def wanted(self, number: int) -> None: ...
+
+    def learn(self, results: Sequence[SubsetResult]) -> None: ...
+
+    def learn_affinity(self, result: AffinityResult) -> None: ...
+
+
+def time_controller() -> tuple[list[float], list[float]]:
+    """Milliseconds a report at a rung, the stop that may follow included, and a report after it."""
+    search = SPEC["search"] | {"scheduler": {"name": "pareto_asha"}}
+    budget = {"trials": 100_000, "epochs": 20}
+    plan = make_plan(JobSpec.model_validate(SPEC | {"search": search, "budget": budget}))
+    store = InMemoryStore()
+    at_rungs, others = [], []
+    with tempfile.TemporaryDirectory() as folder, Recorder(store) as recorder:
+        resumed = store.resume()
+        controller = SearchController(
+            plan,
+            resumed,
+            {},
+            recorder,
+            FolderArtifacts(Path(folder)),
+            Ledger(plan.spec.budget, resumed),
+            Numbered(),
+            make_scheduler(plan.spec.search.scheduler, plan.objectives, plan.spec.budget.epochs),
+            {"delta_m": -100.0, "macs": 1e6},
+            concurrent=1,
+        )
+
+        def report(run_id: str, epoch: int, values: Mapping[str, float]) -> None:
+            measurement = Measurement(
+                epoch=epoch,
+                values={"delta_m": -values["metric_0"], "macs": values["metric_1"]},
+                tasks={},
+                device_seconds=float(epoch),
+                worker="here:1",
+            )
+            if not controller.measured(run_id, measurement):
+                controller.stopped(run_id)
+                running.discard(run_id)
+
+        running: set[str] = set()
+        for number, values in enumerate(random_values(2, AT_THE_RUNG + REPORTS, one_front=False)):
+            order = controller.suggest()
+            assert order is not None
+            controller.started(order.id)
+            running.add(order.id)
+            counts = number >= AT_THE_RUNG
+            if counts:
+                recorder.flush()  # so that its thread takes no part of what is timed
+            at_rung = timed(partial(report, order.id, 1, values))
+            if order.id in running:
+                between = timed(partial(report, order.id, 2, values))
+                controller.stopped(order.id)
+                if counts:
+                    others.append(between)
+            if counts:
+                at_rungs.append(at_rung)
+    return at_rungs, others
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--tune"]:
+        run_tune(int(sys.argv[2]), sys.argv[3], sys.argv[4])
+        return
+    sections: dict[str, Callable[[], None]] = {
+        "trial": lambda: compare_trials(arguments.trials, arguments.rounds),
+        "front": compare_fronts,
+        "report": time_reports,
+    }
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("sections", nargs="*", default=[*sections], metavar="SECTION", choices=[*sections])
+    parser.add_argument("--trials", type=int, default=100, help="of a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    for section in arguments.sections:
+        sections[section]()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The front against the slow and obvious filter, and its hypervolume against moocore's of that set."""
+"""The front against the slow and obvious filter, its hypervolume against a sum over the cells of a grid."""
 
 import math
 from collections.abc import Sequence
@@ -22,12 +22,14 @@ COORDINATES = st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 3.0])
 
 
 @st.composite
-def problems(draw: st.DrawFn) -> tuple[Objectives, list[Point], Point]:
+def problems(
+    draw: st.DrawFn, coordinates: st.SearchStrategy[float] = COORDINATES, most: int = 25
+) -> tuple[Objectives, list[Point], Point]:
     """Objectives, points in the order of their insertion, and a reference point."""
-    directions = draw(st.lists(st.sampled_from([UP, DOWN]), min_size=2, max_size=5))
+    directions = draw(st.lists(st.sampled_from([UP, DOWN]), min_size=1, max_size=5))
     objectives = [(f"metric_{index}", direction) for index, direction in enumerate(directions)]
-    point = st.tuples(*[COORDINATES] * len(directions))
-    return objectives, draw(st.lists(point, max_size=25)), draw(point)
+    point = st.tuples(*[coordinates] * len(directions))
+    return objectives, draw(st.lists(point, max_size=most)), draw(point)
 
 
 def named(objectives: Objectives, point: Point) -> dict[str, float]:
@@ -66,22 +68,54 @@ def test_insertion_keeps_what_the_naive_filter_keeps(problem: tuple[Objectives, 
         assert front.points == {i: named(objectives, points[int(i)]) for i in expected}
 
 
-@given(problems())
-def test_the_hypervolume_is_moocores_of_the_naive_set_and_never_falls(
+def naive_hypervolume(points: Sequence[Point], objectives: Objectives, reference: Point) -> float:
+    """The volume of the cells between all coordinates of which some point dominates the far corner."""
+    signs = [-1.0 if direction is UP else 1.0 for _, direction in objectives]
+    losses_ND = np.array(points).reshape(-1, len(signs)) * signs
+    edges = [
+        np.unique([worst * sign, *column[column < worst * sign]])
+        for column, sign, worst in zip(losses_ND.T, signs, reference, strict=True)
+    ]
+    near_CD = np.stack(np.meshgrid(*[edge[:-1] for edge in edges], indexing="ij"), -1).reshape(-1, len(signs))
+    sides_CD = np.stack(np.meshgrid(*map(np.diff, edges), indexing="ij"), -1).reshape(-1, len(signs))
+    dominated_C = np.zeros(len(near_CD), dtype=bool)
+    for losses_D in losses_ND:
+        dominated_C |= (losses_D <= near_CD).all(axis=1)
+    return math.fsum(sides_CD[dominated_C].prod(axis=1))
+
+
+@given(problems() | problems(st.floats(-100, 100), most=7))
+def test_the_hypervolume_is_the_naive_one_after_each_insertion_and_never_falls(
     problem: tuple[Objectives, list[Point], Point],
 ) -> None:
     objectives, points, reference = problem
-    signs = np.array([-1.0 if direction is UP else 1.0 for _, direction in objectives])
     front = Front(objectives, named(objectives, reference))
     assert front.hypervolume == 0
     before = 0.0
     for index, point in enumerate(points):
         update = front.insert(str(index), named(objectives, point))
-        kept = np.array([points[i] for i in sorted(naive_front(points[: index + 1], objectives))]) * signs
-        expected = moocore.hypervolume(kept, ref=np.array(reference) * signs)
-        assert update.hypervolume == front.hypervolume == pytest.approx(expected)
-        assert update.hypervolume >= before - 1e-12
+        expected = naive_hypervolume(points[: index + 1], objectives, reference)
+        assert update.hypervolume == front.hypervolume == pytest.approx(expected, rel=1e-9, abs=0)
+        assert update.hypervolume >= before
         before = update.hypervolume
+
+
+@pytest.mark.parametrize("objectives", [2, 3, 4])
+@pytest.mark.parametrize("step", [0.0, 0.01])
+def test_a_long_search_leaves_no_rounding_errors_in_the_hypervolume(objectives: int, step: float) -> None:
+    """Points ever closer to a sphere, some of them beyond the reference point; `step` makes ties."""
+    random = np.random.default_rng(0)
+    names = [f"metric_{index}" for index in range(objectives)]
+    front = Front([(name, DOWN) for name in names], dict.fromkeys(names, 0.95))
+    directions_ND = np.abs(random.normal(size=(2000, objectives)))
+    directions_ND /= np.linalg.norm(directions_ND, axis=1, keepdims=True)
+    points_ND = 1 - np.linspace(0.8, 1.0, 2000)[:, None] * directions_ND
+    if step:
+        points_ND = np.round(points_ND / step) * step
+    for index, point in enumerate(points_ND):
+        update = front.insert(str(index), dict(zip(names, map(float, point), strict=True)))
+    expected = moocore.hypervolume(points_ND, ref=[0.95] * objectives)
+    assert update.hypervolume == pytest.approx(expected, rel=1e-12)
 
 
 @given(problems(), st.randoms())
