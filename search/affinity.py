@@ -5,45 +5,29 @@ that contains it. So networks for subsets of the tasks are trained once, as one 
 are judged by what their groups reached.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import combinations, permutations
-from statistics import fmean
+from statistics import fmean, stdev
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from coterie.models.affinity import hoa_partition, partitions
 from coterie.models.backbones import MLP
-from coterie.models.losses import labelled
-from coterie.models.metrics import YARDSTICK_FLOOR
+from coterie.models.metrics import YARDSTICK_FLOOR, delta_m
 from coterie.models.stacked import StackedMLP, Subset
-from coterie.models.tasks import Grouping, TaskKind
+from coterie.models.tasks import CLASSIFICATION, Grouping, Task, TaskSet
+from coterie.search.store import AffinityResult, SubsetResult
+from coterie.search.subsets import Recipe, measure_stack, train_stack
 from coterie.search.trial import Bench, Samples
 
-# Shapes: B batch, I samples, N subsets, O outputs, R replicates, T tasks.
+# Shapes: N subsets, R replicates, T tasks.
 
-EVALUATED_AT_ONCE = 1024  # samples: bounds the memory for the features of hundreds of networks
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """How a network is trained: by Adam, with a job's defaults.
-
-    Attributes:
-        epochs: Passes over the training split.
-        lr: Learning rate.
-        weight_decay: Times the weights, added to the gradient.
-        batch_size: Samples a step.
-    """
-
-    epochs: int = 40
-    lr: float = 5e-3
-    weight_decay: float = 1e-6
-    batch_size: int = 64
+_Cells = dict[tuple[int, int], dict[int, float | None]]  # place in a table -> seed -> value
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,6 +70,64 @@ class SubsetTable:
         }
 
 
+@dataclass(frozen=True, kw_only=True)
+class AffinityTable:
+    """How much tasks help each other, over seeds.
+
+    Attributes:
+        seeds: How many it was measured over; a cell may have fewer.
+        mean: [i][j], of task i onto task j, above 0 where i helps j; None where it was not measured.
+        standard_error: Of the mean; None below two seeds.
+    """
+
+    seeds: int
+    mean: list[list[float | None]]
+    standard_error: list[list[float | None]]
+
+
+def one_step_affinity(results: Sequence[AffinityResult], tasks: TaskSet) -> AffinityTable | None:
+    """Average measured matrices over their seeds; None where nothing was measured.
+
+    Args:
+        results: One a seed, each of all these tasks in any order.
+        tasks: The order of the table.
+    """
+    cells: _Cells = {(i, j): {} for i in range(len(tasks)) for j in range(len(tasks))}
+    for result in results:
+        places = [result.tasks.index(name) for name in tasks.names]
+        for (i, j), values in cells.items():
+            values[result.seed] = result.matrix[places[i]][places[j]]
+    return _over_seeds(cells, len(tasks))
+
+
+def pairwise_affinity(results: Sequence[SubsetResult], tasks: TaskSet) -> AffinityTable | None:
+    """What networks for one and for two tasks tell; None where no seed has both.
+
+    Of task i onto task j: the gain in percent of the metric that judges j, on the validation split, in the
+    network for both over the one for j alone with the same seed.
+
+    Args:
+        results: Networks for subsets of the tasks; of those with other weights or more tasks nothing is read.
+        tasks: The order of the table, and the weights.
+    """
+    weights = {task.name: task.weight for task in tasks}
+    reached = {
+        (frozenset(result.tasks), result.seed): result.validation
+        for result in results
+        if all(weights.get(name) == weight for name, weight in zip(result.tasks, result.weights, strict=True))
+    }
+    seeds = sorted({seed for _, seed in reached})
+    cells: _Cells = {pair: {} for pair in permutations(range(len(tasks)), 2)}
+    for (i, j), values in cells.items():
+        task = tasks[j]
+        for seed in seeds:
+            alone = reached.get((frozenset({task.name}), seed))
+            together = reached.get((frozenset({tasks[i].name, task.name}), seed))
+            if alone is not None and together is not None:
+                values[seed] = _gain(task, together[task.name][task.metric], alone[task.name][task.metric])
+    return _over_seeds(cells, len(tasks))
+
+
 def all_subsets(tasks: int) -> list[Subset]:
     """Every subset of 0..tasks-1 but the empty one, smaller ones first."""
     return [subset for size in range(1, tasks + 1) for subset in combinations(range(tasks), size)]
@@ -118,13 +160,13 @@ def measure_subsets(
         raise ValueError("seeds: must be one or more, found none")
     validation, test = [], []
     for seed in seeds:
-        stack = _train(bench, backbone, subsets, seed, recipe)
+        stack = train_stack(bench, backbone, subsets, seed, recipe)
         validation.append(_errors(stack, bench.validation))
         test.append(_errors(stack, bench.test))
     measured = stack.subsets
     return (
-        SubsetTable(subsets=measured, errors_RNT=np.concatenate(validation)),
-        SubsetTable(subsets=measured, errors_RNT=np.concatenate(test)),
+        SubsetTable(subsets=measured, errors_RNT=np.stack(validation)),
+        SubsetTable(subsets=measured, errors_RNT=np.stack(test)),
     )
 
 
@@ -180,51 +222,32 @@ def regret(grouping: Grouping, table: SubsetTable, groups: int) -> float:
     return (grouping_error(grouping, table) - min(errors)) / spread if spread > 0 else 0.0
 
 
-def _train(bench: Bench, backbone: MLP, subsets: Sequence[Subset], seed: int, recipe: Recipe) -> StackedMLP:
-    stack = StackedMLP(backbone=backbone, tasks=bench.tasks, subsets=subsets, seeds=(seed,)).to(bench.device)
-    optimizer = torch.optim.Adam(
-        stack.parameters(), lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True
-    )
-    generator = torch.Generator().manual_seed(seed)
-    inputs, targets = bench.train.inputs, bench.train.targets
-    for _ in range(recipe.epochs):
-        order = torch.randperm(len(inputs), generator=generator).to(bench.device)
-        for index in torch.split(order, recipe.batch_size):
-            batch = {name: targets[name][index] for name in bench.tasks.names}
-            loss = stack.training_loss(inputs[index], batch)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-    return stack
+def _gain(task: Task, value: float | None, alone: float | None) -> float | None:
+    """Relative improvement in percent; None where a value is no number, as of a network that diverged."""
+    if value is None or alone is None or not math.isfinite(value) or not math.isfinite(alone):
+        return None
+    return delta_m({task.name: value}, {task.name: alone}, TaskSet([task]))
 
 
-@torch.no_grad()
+def _over_seeds(cells: _Cells, tasks: int) -> AffinityTable | None:
+    mean: list[list[float | None]] = [[None] * tasks for _ in range(tasks)]
+    standard_error: list[list[float | None]] = [[None] * tasks for _ in range(tasks)]
+    seeds: set[int] = set()
+    for (i, j), values in cells.items():
+        known = {seed: value for seed, value in values.items() if value is not None}
+        seeds |= known.keys()
+        if known:
+            mean[i][j] = fmean(known.values())
+        if len(known) > 1:
+            standard_error[i][j] = stdev(known.values()) / math.sqrt(len(known))
+    return AffinityTable(seeds=len(seeds), mean=mean, standard_error=standard_error) if seeds else None
+
+
 def _errors(stack: StackedMLP, samples: Samples) -> NDArray[np.float64]:
-    """Every network's error in each of its tasks, [R, N, T]."""
-    faults_RNT = torch.zeros(len(stack.seeds), *stack.task_weights_NT.shape, device=samples.inputs.device)
-    labels_T = torch.zeros_like(faults_RNT[0, 0])
-    for index in torch.split(torch.arange(len(samples.inputs)), EVALUATED_AT_ONCE):
-        outputs = stack(samples.inputs[index])
-        for t, task in enumerate(stack.tasks):
-            target = samples.targets[task.name][index]
-            known = labelled(target, task.kind)
-            faults = _faults(task.kind, outputs[task.name], target).where(known, 0)
-            faults_RNT[..., t] += faults.flatten(2).sum(dim=2)
-            labels_T[t] += known.sum()
-    errors_RNT = faults_RNT / labels_T
-    regressions_T = torch.tensor([task.kind is TaskKind.REGRESSION for task in stack.tasks])
-    errors_RNT = torch.where(regressions_T.to(errors_RNT.device), errors_RNT.sqrt(), errors_RNT)
-    errors_RNT = errors_RNT.where(stack.task_weights_NT > 0, torch.nan)
-    return np.asarray(errors_RNT.cpu(), dtype=np.float64)
-
-
-def _faults(kind: TaskKind, output: Tensor, target: Tensor) -> Tensor:
-    """What counts against each answer, [R, N, I] or [R, N, I, O]: a regression's squared difference, or 1.
-
-    A class that is not a number is wrong.
-    """
-    if kind is TaskKind.REGRESSION:
-        return (output - target).square()
-    if kind is TaskKind.BINARY:
-        return ~torch.where(target > 0, output > 0, output <= 0)
-    return (output.argmax(dim=-1) != target) | output.isnan().any(dim=-1)
+    """Every network's error in each of its tasks, [N, T]."""
+    errors_NT = np.full((len(stack.subsets), len(stack.tasks)), np.nan)
+    for n, (subset, found) in enumerate(zip(stack.subsets, measure_stack(stack, samples), strict=True)):
+        for t in subset:
+            task = stack.tasks[t]
+            errors_NT[n, t] = found[task.name]["error" if task.kind in CLASSIFICATION else "rmse"]
+    return errors_NT

@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,16 @@ from coterie.models.export import ARCHITECTURE_FILE, WEIGHTS_FILE, Preprocessing
 from coterie.models.metrics import Evaluator
 from coterie.models.static import StaticNetwork
 from coterie.models.tasks import Task, TaskSet
+from coterie.search.baselines import sizes_key
 from coterie.search.data.base import Dataset, Split
-from coterie.search.objective import TaskValues, Yardstick, combined_metrics, task_metrics
+from coterie.search.objective import (
+    SplitName,
+    TaskValues,
+    Yardstick,
+    combined_metrics,
+    own_width_gain,
+    task_metrics,
+)
 from coterie.search.space import build_candidate, recipe_of
 from coterie.search.store import Candidate, Ending, Measurement, Reference, StoredFile, TrialState
 
@@ -52,6 +60,7 @@ class Assignment:
         seed: Of initialisation, shuffling and noise.
         epochs: Length of the training.
         recorded: Epochs whose measurements the driver has already.
+        confirms: Whether it is a confirming run, whose network is not kept.
     """
 
     trial_id: str
@@ -59,6 +68,7 @@ class Assignment:
     seed: int
     epochs: int
     recorded: int = 0
+    confirms: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,8 +189,13 @@ class Training:
         """Whether all epochs are trained."""
         return self.epoch >= self.assignment.epochs
 
-    def run_epoch(self) -> Measurement:
+    def run_epoch(
+        self, before_step: Callable[[Tensor, Mapping[str, Tensor]], None] = lambda x, targets: None
+    ) -> Measurement:
         """Train one epoch and measure the validation split.
+
+        Args:
+            before_step: Called with the inputs and targets of each batch before it is trained on.
 
         Raises:
             Diverged: If the loss is not finite.
@@ -196,6 +211,7 @@ class Training:
         for index in _batches(order, self._batch_size):
             x = samples.inputs[index].contiguous(memory_format=self._format)
             targets = {name: samples.targets[name][index] for name in self._bench.tasks.names}
+            before_step(x, targets)
             self._optimizer.zero_grad(set_to_none=True)
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
                 losses = self.network.losses(x, targets, self._generator)
@@ -265,8 +281,8 @@ class Training:
             "train_device_seconds": self.device_seconds,
         }
         assert self._yardstick is not None  # candidates are always measured against one
-        values = self._all_values(validation, self._yardstick.validation) | costs
-        test_values = _finite(self._all_values(test, self._yardstick.test)) | costs
+        values = self._all_values(validation, self._yardstick, "validation") | costs
+        test_values = _finite(self._all_values(test, self._yardstick, "test")) | costs
         candidate = self.assignment.candidate
         write_architecture(
             folder,
@@ -373,17 +389,30 @@ class Training:
                     parameter.grad = _laid_out_as(parameter, parameter.grad)
 
     def _measurement(self, found: TaskValues) -> Measurement:
-        values = {} if self._yardstick is None else self._all_values(found, self._yardstick.validation)
+        values: dict[str, float | None] = {}
+        if self._yardstick is not None:
+            cost = self.network.expected_cost()
+            values = self._all_values(found, self._yardstick, "validation")
+            # Gates that are no numbers: the next epoch's loss, or the end, says that it diverged.
+            values |= _finite({"macs": float(cost.macs), "params": float(cost.params)})
         return Measurement(
             epoch=self.epoch,
-            values=dict(values),
+            values=values,
             tasks=found,
             device_seconds=self.device_seconds,
             worker=worker_name(),
         )
 
-    def _all_values(self, found: TaskValues, yardstick: TaskValues) -> dict[str, float | None]:
-        return {**combined_metrics(found, yardstick, self._bench.tasks), **task_metrics(found)}
+    def _all_values(
+        self, found: TaskValues, yardstick: Yardstick, split: SplitName
+    ) -> dict[str, float | None]:
+        tasks = self._bench.tasks
+        sizes = sizes_key(self.assignment.candidate)
+        return {
+            **combined_metrics(found, yardstick.on(split), tasks),
+            "delta_m_own_width": own_width_gain(found, yardstick, sizes, split, tasks),
+            **task_metrics(found),
+        }
 
 
 @torch.no_grad()

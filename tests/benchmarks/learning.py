@@ -89,7 +89,7 @@ def settings(which: str) -> Iterator[Setting]:
     )
 
 
-def train(setting: Setting, family: str, seed: int, parameters: dict[str, Any]) -> tuple[Errors, int]:
+def train(setting: Setting, family: str, seed: int, parameters: dict[str, Any]) -> tuple[Errors, float]:
     """Test metric by task, and macs of the exported network."""
     candidate = Candidate(
         family=family, backbone=setting.backbone, parameters={**setting.recipe, **parameters}

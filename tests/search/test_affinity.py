@@ -1,5 +1,6 @@
 from itertools import combinations
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,19 +13,23 @@ from coterie.models.backbones import MLP
 from coterie.models.families import Shared
 from coterie.models.metrics import Evaluator
 from coterie.models.stacked import start_seed
-from coterie.models.tasks import Grouping, Task, TaskKind, TaskSet
+from coterie.models.tasks import Direction, Grouping, Task, TaskKind, TaskSet
 from coterie.search.affinity import (
-    Recipe,
+    AffinityTable,
     SubsetTable,
     all_subsets,
     exhaustive,
     grouping_error,
     hoa,
     measure_subsets,
+    one_step_affinity,
+    pairwise_affinity,
     regret,
     singles_and_pairs,
 )
 from coterie.search.data.base import Dataset, Split
+from coterie.search.store import AffinityResult, SubsetResult
+from coterie.search.subsets import Recipe
 from coterie.search.trial import make_bench
 
 TASKS = 5
@@ -113,7 +118,7 @@ def test_an_answer_that_is_not_a_number_is_wrong() -> None:
     diverging = Recipe(epochs=1, lr=float("inf"))
     table, _ = measure_subsets(bench, MLP(input_shape=(2, 3), width=2, depth=1), [(0, 1, 2)], (0,), diverging)
     assert table.errors_RNT[0, 0, :2].tolist() == [1, 1]
-    assert np.isnan(table.errors_RNT[0, 0, 2])
+    assert np.isinf(table.errors_RNT[0, 0, 2])
 
 
 def test_relative_errors_are_one_for_a_task_alone_and_average_seeds_first() -> None:
@@ -183,3 +188,88 @@ def test_measuring_needs_a_seed() -> None:
             (),
             Recipe(),
         )
+
+
+THREE = TaskSet(
+    [
+        Task(name="sign", kind=TaskKind.BINARY),  # judged by its error
+        Task(name="area", kind=TaskKind.BINARY, metric="auc", weight=2.0),
+        Task(name="size", kind=TaskKind.REGRESSION),
+    ]
+)
+
+
+def subset(seed: int, weights: tuple[float, ...] | None = None, /, **reached: float | None) -> SubsetResult:
+    """A network for these tasks, and the metric that judges each of them."""
+    tasks = [task for task in THREE if task.name in reached]
+    validation: dict[str, dict[str, Any]] = {task.name: {task.metric: reached[task.name]} for task in tasks}
+    return SubsetResult(
+        tasks=tuple(task.name for task in tasks),
+        weights=weights or tuple(task.weight for task in tasks),
+        seed=seed,
+        validation=validation,
+        test={},
+    )
+
+
+def test_a_pair_gains_over_each_task_alone_with_the_same_seed() -> None:
+    assert THREE[1].direction is Direction.MAXIMIZE
+    table = pairwise_affinity(
+        [
+            *(subset(0, sign=0.20), subset(0, area=0.80), subset(0, sign=0.10, area=0.88)),
+            *(subset(1, sign=0.40), subset(1, area=0.50), subset(1, sign=0.40, area=0.45)),
+            subset(2, sign=0.30, area=0.50),  # neither task was trained alone with this seed
+            subset(0, size=1.0),
+        ],
+        THREE,
+    )
+    assert table is not None
+    assert table.seeds == 2
+    # area onto sign: the error halves, then stays; sign onto area: a tenth more of what is better, then less.
+    assert table.mean == [[None, pytest.approx(0.0), None], [pytest.approx(25.0), None, None], [None] * 3]
+    assert table.standard_error == [
+        [None, pytest.approx(10.0), None],
+        [pytest.approx(25.0), None, None],
+        [None] * 3,
+    ]
+
+
+def test_one_seed_has_no_standard_error_and_a_network_that_diverged_no_gain() -> None:
+    results = [subset(0, sign=0.2), subset(0, size=1.0), subset(0, sign=0.1, size=None)]
+    table = pairwise_affinity(results, THREE)
+    assert table is not None
+    assert table.mean[2][0] == pytest.approx(50.0)
+    assert table.mean[0][2] is None
+    assert table.standard_error == [[None] * 3] * 3
+
+
+def test_networks_with_other_weights_or_of_more_tasks_say_nothing_of_pairs() -> None:
+    results = [
+        *(subset(0, sign=0.2), subset(0, (1.0,), area=0.8), subset(0, size=1.0)),
+        *(subset(0, (1.0, 1.0), sign=0.1, area=0.9), subset(0, sign=0.1, area=0.9, size=0.5)),
+    ]
+    assert pairwise_affinity(results, THREE) is None
+    assert pairwise_affinity([], THREE) is None
+
+
+def one_step(seed: int, tasks: tuple[str, ...], matrix: list[list[float | None]]) -> AffinityResult:
+    weights = tuple({task.name: task.weight for task in THREE}[name] for name in tasks)
+    return AffinityResult(method="one_step", tasks=tasks, weights=weights, seed=seed, matrix=matrix)
+
+
+def test_one_step_affinities_are_averaged_in_the_order_of_the_tasks() -> None:
+    first = one_step(0, ("sign", "area", "size"), [[9, 1, 2], [3, 9, None], [5, 6, 9]])
+    second = one_step(4, ("size", "sign", "area"), [[9, 7, 6], [2, 9, 3], [8, 5, 9]])
+    assert one_step_affinity([first, second], THREE) == AffinityTable(
+        seeds=2,
+        mean=[[9, 2, 2], [4, 9, 8], [6, 6, 9]],
+        standard_error=[[0, 1, 0], [1, 0, None], [1, 0, 0]],
+    )
+    assert one_step_affinity([], THREE) is None
+
+
+@given(st.permutations(range(4)), st.integers(0, 10**6))
+def test_the_order_of_the_results_does_not_matter(order: list[int], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    results = [one_step(s, THREE.names, rng.normal(size=(3, 3)).tolist()) for s in range(4)]
+    assert one_step_affinity([results[place] for place in order], THREE) == one_step_affinity(results, THREE)
