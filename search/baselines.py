@@ -3,18 +3,25 @@
 They are shared by every job that needs the same, so a job trains only those that no other has trained.
 """
 
+import itertools
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import fmean
+from typing import Literal
 
 from coterie.models.metrics import YARDSTICK_FLOOR
 from coterie.models.tasks import CLASSIFICATION, KIND_METRICS, Direction
-from coterie.search.objective import COSTS, METRICS, Yardstick
-from coterie.search.plan import Plan, measure_size
+from coterie.search.objective import (
+    COSTS,
+    METRICS,
+    YARDSTICK_SEEDS,
+    SplitName,
+    TaskValues,
+    Yardstick,
+)
+from coterie.search.plan import MOST_REFERENCES, Plan, measure_size
 from coterie.search.space import RECIPE, backbone_dimensions, recipe_of, sizes_of
-from coterie.search.store import Candidate, Reference, ReferenceKey
-
-YARDSTICK_SEEDS = (0, 1, 2)
+from coterie.search.store import Candidate, Reference, ReferenceKey, Setting
 
 # What is worse than this adds nothing to the hypervolume; costs are in multiples of the yardstick's.
 WORST_MEASURED_COST = 10.0
@@ -24,28 +31,112 @@ WORST_DISTANCE = 4.0  # so in multiples of the yardstick's
 WORST_ERROR = 1.0
 
 
-def yardstick_candidate(plan: Plan) -> Candidate:
-    """Single-task networks of the default width, depth and recipe, on the job's first backbone."""
+def sizes_key(candidate: Candidate) -> str:
+    """Name a candidate's backbone and its sizes, in canonical JSON."""
+    return json.dumps([candidate.backbone, sizes_of(candidate)], sort_keys=True)
+
+
+def default_candidate(plan: Plan, family: Literal["single", "shared"]) -> Candidate:
+    """Give the family's network of the default sizes and recipe, on the job's first backbone."""
     backbone = plan.space.backbones[0]
     return Candidate(
-        family="single",
+        family=family,
         backbone=backbone,
         parameters={dim.name: dim.default for dim in (*backbone_dimensions(backbone), *RECIPE)},
     )
 
 
+def side_setting(plan: Plan) -> Setting:
+    """Give the setting of what is trained beside the trials: data, and the default sizes and recipe."""
+    return _setting(plan, default_candidate(plan, "shared"))
+
+
+def yardstick_candidate(plan: Plan) -> Candidate:
+    """Single-task networks of the default width, depth and recipe, on the job's first backbone."""
+    return default_candidate(plan, "single")
+
+
 def yardstick_keys(plan: Plan) -> list[ReferenceKey]:
     """The networks that make up the yardstick: one a task and seed."""
-    candidate = yardstick_candidate(plan)
-    sizes, recipe = sizes_of(candidate), recipe_of(candidate)
+    return _reference_keys(plan, yardstick_candidate(plan))
+
+
+def own_width_keys(plan: Plan) -> dict[str, list[ReferenceKey]]:
+    """Give the networks that `delta_m_own_width` needs, by `sizes_key` of every size in the space.
+
+    They are trained by the default recipe, so those of the default size are the yardstick's. Where all would
+    be more than `MOST_REFERENCES`, those alone are given.
+    """
+    if plan.own_width_references > MOST_REFERENCES:
+        return {sizes_key(yardstick_candidate(plan)): yardstick_keys(plan)}
+    recipe = {dimension.name: dimension.default for dimension in RECIPE}
+    candidates = [
+        Candidate(family="single", backbone=backbone, parameters={**sizes, **recipe})
+        for backbone, sizes in plan.sizes()
+    ]
+    return {sizes_key(candidate): _reference_keys(plan, candidate) for candidate in candidates}
+
+
+def needed_references(plan: Plan) -> list[ReferenceKey]:
+    """The references that must be trained before the search; others of `own_width_keys` only if stored."""
+    own_width = own_width_keys(plan).values() if plan.judges("delta_m_own_width") else []
+    return list(dict.fromkeys(itertools.chain(yardstick_keys(plan), *own_width)))
+
+
+def reference_candidate(key: ReferenceKey) -> Candidate:
+    """What a reference is a network of: its sizes, and its recipe."""
+    backbone, sizes = json.loads(key.backbone)
+    recipe = json.loads(key.recipe)
+    del recipe["gpu"]
+    return Candidate(family="single", backbone=backbone, parameters={**sizes, **recipe})
+
+
+def make_yardstick(plan: Plan, references: Mapping[ReferenceKey, Reference]) -> Yardstick:
+    """Average references over their seeds.
+
+    Args:
+        plan: The job.
+        references: All of `needed_references`, and what there is of `own_width_keys`.
+    """
+
+    def mean(keys: Sequence[ReferenceKey], split: SplitName) -> TaskValues:
+        return {
+            task.name: {
+                metric: fmean(
+                    getattr(references[key], split)[metric] for key in keys if key.task == task.name
+                )
+                for metric in KIND_METRICS[task.kind]
+            }
+            for task in plan.tasks
+        }
+
+    keys = yardstick_keys(plan)
+    seeds = len(YARDSTICK_SEEDS)
+    return Yardstick(
+        validation=mean(keys, "validation"),
+        test=mean(keys, "test"),
+        costs={
+            **measure_size(yardstick_candidate(plan), plan.input_shape, plan.tasks),
+            "latency_ms": sum(references[key].latency_ms for key in keys) / seeds,
+            "train_device_seconds": sum(references[key].device_seconds for key in keys) / seeds,
+        },
+        own_width={
+            sizes: {"validation": mean(of_size, "validation"), "test": mean(of_size, "test")}
+            for sizes, of_size in own_width_keys(plan).items()
+            if references.keys() >= set(of_size)
+        },
+    )
+
+
+def _reference_keys(plan: Plan, candidate: Candidate) -> list[ReferenceKey]:
+    setting = _setting(plan, candidate)
     return [
         ReferenceKey(
-            data=plan.data_fingerprint,
+            data=setting.data,
             task=task.name,
-            backbone=json.dumps([candidate.backbone, sizes], sort_keys=True),
-            # On a GPU networks are trained in another precision, and answer in another time.
-            recipe=json.dumps({**recipe, "gpu": plan.spec.resources.gpus > 0}, sort_keys=True),
-            epochs=plan.spec.budget.epochs,
+            backbone=setting.backbone,
+            recipe=setting.recipe,
+            epochs=setting.epochs,
             seed=seed,
         )
         for seed in YARDSTICK_SEEDS
@@ -53,32 +144,13 @@ def yardstick_keys(plan: Plan) -> list[ReferenceKey]:
     ]
 
 
-def make_yardstick(plan: Plan, references: Mapping[ReferenceKey, Reference]) -> Yardstick:
-    """Average the references over their seeds."""
-
-    def mean(split: str) -> dict[str, dict[str, float]]:
-        return {
-            task.name: {
-                metric: fmean(
-                    getattr(reference, split)[metric]
-                    for key, reference in references.items()
-                    if key.task == task.name
-                )
-                for metric in KIND_METRICS[task.kind]
-            }
-            for task in plan.tasks
-        }
-
-    seeds = len(YARDSTICK_SEEDS)
-    return Yardstick(
-        validation=mean("validation"),
-        test=mean("test"),
-        costs={
-            **measure_size(yardstick_candidate(plan), plan.input_shape, plan.tasks),
-            "latency_ms": sum(reference.latency_ms for reference in references.values()) / seeds,
-            "train_device_seconds": sum(reference.device_seconds for reference in references.values())
-            / seeds,
-        },
+def _setting(plan: Plan, candidate: Candidate) -> Setting:
+    return Setting(
+        data=plan.data_fingerprint,
+        backbone=sizes_key(candidate),
+        # On a GPU networks are trained in another precision, and answer in another time.
+        recipe=json.dumps({**recipe_of(candidate), "gpu": plan.spec.resources.gpus > 0}, sort_keys=True),
+        epochs=plan.spec.budget.epochs,
     )
 
 

@@ -1,17 +1,22 @@
 """The metrics that a trial yields, and which way each is better."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
 from coterie.models.metrics import HALF_TURN, METRIC_SCALES, delta_m, normalized_gain, total_error
 from coterie.models.tasks import CLASSIFICATION, KIND_METRICS, Direction, TaskSet
 
 TaskValues = Mapping[str, Mapping[str, float]]  # task -> metric -> value
+SplitName = Literal["validation", "test"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Metric:
-    """A number that every completed trial has; `classification` ones only where some task classifies."""
+    """A number that every completed trial has; `classification` ones only where some task classifies.
+
+    `delta_m_own_width` only those have whose size was trained as single-task networks.
+    """
 
     name: str
     title: str
@@ -31,6 +36,14 @@ METRICS: Mapping[str, Metric] = {
             unit="%",
             description="Mean over the tasks of the relative gain of the task's metric over the job's "
             "yardstick: single-task networks of the backbone's default width and recipe, over three seeds.",
+        ),
+        Metric(
+            name="delta_m_own_width",
+            title="Gain over single-task learning at the same width",
+            direction=Direction.MAXIMIZE,
+            unit="%",
+            description="As delta_m, over single-task networks of the candidate's own backbone and sizes and "
+            "the default recipe; null where no job has trained them, unless this one aims at it.",
         ),
         Metric(
             name="normalized_gain",
@@ -87,7 +100,8 @@ METRICS: Mapping[str, Metric] = {
     )
 }
 
-PLANNED = frozenset({"delta_m_own_width", "mean_rank"})
+PLANNED = frozenset({"mean_rank"})
+YARDSTICK_SEEDS = (0, 1, 2)
 COSTS = ("macs", "params", "latency_ms", "peak_memory_mb", "train_device_seconds")
 
 # Units of the tasks' own metrics; what is not here is in the unit of the task's target.
@@ -118,11 +132,18 @@ class Yardstick:
         validation: Task -> each of its metrics on the validation split.
         test: The same on the test split.
         costs: Cost metric -> that of one whole set of single-task networks.
+        own_width: `sizes_key` of a backbone and its sizes -> split -> what single-task networks of these
+            sizes reach, where they are known.
     """
 
     validation: TaskValues
     test: TaskValues
     costs: Mapping[str, float]
+    own_width: Mapping[str, Mapping[SplitName, TaskValues]] = field(default_factory=dict)
+
+    def on(self, split: SplitName) -> TaskValues:
+        """Give what gains on one split are measured against."""
+        return self.validation if split == "validation" else self.test
 
 
 def combined_metrics(values: TaskValues, yardstick: TaskValues, tasks: TaskSet) -> dict[str, float]:
@@ -132,17 +153,22 @@ def combined_metrics(values: TaskValues, yardstick: TaskValues, tasks: TaskSet) 
     are any.
     """
 
-    def judging(found: TaskValues) -> dict[str, float]:
-        return {task.name: found[task.name][task.metric] for task in tasks}
-
     def errors(found: TaskValues) -> dict[str, float]:
         return {task.name: found[task.name]["error"] for task in tasks if task.kind in CLASSIFICATION}
 
-    combined = {"delta_m": delta_m(judging(values), judging(yardstick), tasks)}
+    combined = {"delta_m": _gain(values, yardstick, tasks)}
     if errors(values):
         combined["normalized_gain"] = normalized_gain(errors(values), errors(yardstick), tasks)
         combined["total_error"] = total_error(errors(values), tasks)
     return combined
+
+
+def own_width_gain(
+    values: TaskValues, yardstick: Yardstick, sizes: str, split: SplitName, tasks: TaskSet
+) -> float | None:
+    """`delta_m_own_width` on one split; None where no single-task networks of these sizes are known."""
+    own = yardstick.own_width.get(sizes)
+    return None if own is None else _gain(values, own[split], tasks)
 
 
 def task_metrics(values: TaskValues) -> dict[str, float]:
@@ -152,3 +178,10 @@ def task_metrics(values: TaskValues) -> dict[str, float]:
         for task, metrics in values.items()
         for metric, value in metrics.items()
     }
+
+
+def _gain(values: TaskValues, yardstick: TaskValues, tasks: TaskSet) -> float:
+    def judging(found: TaskValues) -> dict[str, float]:
+        return {task.name: found[task.name][task.metric] for task in tasks}
+
+    return delta_m(judging(values), judging(yardstick), tasks)

@@ -1,8 +1,7 @@
 """JobSpec: what a user asks for. The one schema of the API, the CLI, the client and YAML files.
 
 What can be said of a field without knowing data sets and families is said here, and so in the JSON Schema;
-what needs them is checked by `coterie.search.plan`. Values that are designed but not implemented yet are
-refused with those words, never ignored.
+what needs them is checked by `coterie.search.plan`.
 """
 
 from collections.abc import Callable
@@ -11,7 +10,6 @@ from typing import Annotated, Any, Literal, Self, get_args
 from pydantic import (
     AfterValidator,
     BaseModel,
-    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -23,30 +21,6 @@ from pydantic_core import PydanticCustomError
 from coterie.models.tasks import Direction
 
 GREATEST_SEED = 2**53 - 1  # the integers that every JSON reader keeps exact
-
-
-def _planned(*values: str) -> BeforeValidator:
-    """Refuse `values`, which the design names but no code serves yet, in these words."""
-
-    def check(value: object) -> object:
-        if value in values:
-            raise PydanticCustomError("not_implemented", "'{value}' is not implemented yet", {"value": value})
-        return value
-
-    return BeforeValidator(check)
-
-
-def _only(default: int) -> BeforeValidator:
-    """Refuse every other number in these words: the code serves this one alone yet."""
-
-    def check(value: object) -> object:
-        if type(value) is int and value != default:
-            raise PydanticCustomError(
-                "not_implemented", "only {default} is implemented yet", {"default": default}
-            )
-        return value
-
-    return BeforeValidator(check)
 
 
 def _unique(key: Callable[[Any], object], what: str) -> AfterValidator:
@@ -153,23 +127,34 @@ Domain = (
 class SamplerSpec(_Part):
     """What proposes candidates."""
 
-    name: Annotated[Literal["tpe", "nsga2", "gp", "random"], _planned("coterie")] = Field(
-        default="tpe", description="tpe, nsga2, gp and random are Optuna's."
+    name: Literal["coterie", "tpe", "nsga2", "gp", "random"] = Field(
+        default="coterie",
+        description="coterie: baselines first, then groupings that follow from measured subsets of the tasks, "
+        "mixed with tpe's candidates. tpe, nsga2, gp and random are Optuna's.",
     )
 
 
 class SchedulerSpec(_Part):
-    """What stops candidates early. Not implemented yet: every candidate trains to its end."""
+    """What stops candidates early, at rungs of grace_epochs · eta^i epochs."""
 
-    name: Annotated[Literal["none"], _planned("pareto_asha", "asha")] = Field(
-        default="none", description="Not implemented yet: only none."
+    name: Literal["none", "asha", "pareto_asha"] = Field(
+        default="none",
+        description="none trains every candidate to its end; asha judges by one metric; pareto_asha by all "
+        "objectives: by non-dominated rank, then by distance from those already taken.",
     )
-    eta: Annotated[Literal[3], _only(3)] = Field(
-        default=3, description="A rung keeps the best 1/eta. Not implemented yet: only 3."
+    eta: int = Field(default=3, ge=2, le=10, description="A rung lets the best 1/eta go on.")
+    grace_epochs: int = Field(default=1, ge=1, le=10_000, description="Epochs before the first rung.")
+    metric: Name | None = Field(
+        default=None, description="What asha judges by; the first objective by default. Others take none."
     )
-    grace_epochs: Annotated[Literal[1], _only(1)] = Field(
-        default=1, description="Epochs before the first rung. Not implemented yet: only 1."
-    )
+
+    @model_validator(mode="after")
+    def _metric_of_asha(self) -> Self:
+        if self.metric is not None and self.name != "asha":
+            raise PydanticCustomError(
+                "no_metric", "'{name}' takes no metric: only asha judges by one", {"name": self.name}
+            )
+        return self
 
 
 class SearchSpec(_Part):
@@ -194,6 +179,20 @@ class SearchSpec(_Part):
     )
     sampler: SamplerSpec = Field(default=SamplerSpec(), description="What proposes candidates.")
     scheduler: SchedulerSpec = Field(default=SchedulerSpec(), description="What stops candidates early.")
+    repeats: bool = Field(
+        default=False,
+        description="Whether a candidate may come again, with another seed. Otherwise a job whose space is "
+        "used up ends.",
+    )
+
+
+class StopWhenSpec(_Part):
+    """Ends a job whose front has stopped moving."""
+
+    hypervolume_gain_below: float = Field(
+        gt=0, lt=1, description="Share of the hypervolume that the last trials must have added at least."
+    )
+    over_trials: int = Field(ge=1, le=100_000, description="How many completed trials the last ones are.")
 
 
 class BudgetSpec(_Part):
@@ -211,11 +210,15 @@ class BudgetSpec(_Part):
         default=None,
         gt=0,
         le=1e10,
-        description="Sum over trials and references of devices reserved × time, in s.",
+        description="Sum of devices reserved × time, in s, over trials, references, subset networks and "
+        "confirming runs.",
     )
     failures: int = Field(default=5, ge=0, le=10_000, description="Failed candidates that the job bears.")
     concurrent: int | None = Field(
         default=None, ge=1, le=1024, description="Trials at a time; default what fits."
+    )
+    stop_when: StopWhenSpec | None = Field(
+        default=None, description="Ends the job before its limits once the front has stopped moving."
     )
 
     @model_validator(mode="after")
@@ -244,13 +247,11 @@ class ResourcesSpec(_Part):
 
 
 class ConfirmSpec(_Part):
-    """Retraining of the front's best with fresh seeds."""
+    """Retraining of the front's best with fresh seeds, beside `shared` networks of the same macs."""
 
-    top: Annotated[Literal[0], _only(0)] = Field(
-        default=0, description="Candidates to retrain. Not implemented yet: only 0."
-    )
-    seeds: Annotated[Literal[3], _only(3)] = Field(
-        default=3, description="Seeds for each of them. Not implemented yet: only 3."
+    top: int = Field(default=0, ge=0, le=100, description="Points of the front to retrain; 0 for none.")
+    seeds: int = Field(
+        default=3, ge=2, le=100, description="Seeds for each of them; the spread needs at least 2."
     )
 
 

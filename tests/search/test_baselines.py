@@ -8,15 +8,27 @@ import pytest
 
 from coterie.models.tasks import KIND_METRICS, TaskKind, TaskSet
 from coterie.search.baselines import (
-    YARDSTICK_SEEDS,
+    default_candidate,
     make_reference_point,
     make_yardstick,
+    needed_references,
+    own_width_keys,
+    reference_candidate,
+    side_setting,
+    sizes_key,
     yardstick_candidate,
     yardstick_keys,
 )
 from coterie.search.data.base import Dataset
 from coterie.search.front import Front
-from coterie.search.objective import METRICS, Yardstick
+from coterie.search.objective import (
+    METRICS,
+    YARDSTICK_SEEDS,
+    SplitName,
+    TaskValues,
+    Yardstick,
+    own_width_gain,
+)
 from coterie.search.plan import Plan, make_plan
 from coterie.search.spec import JobSpec
 from coterie.search.store import Reference, ReferenceKey
@@ -96,6 +108,93 @@ def test_other_data_or_epochs_need_other_references(fields: dict[str, Any], make
     assert not set(yardstick_keys(make_plan(make_job(**fields)))) & set(yardstick_keys(make_plan(make_job())))
 
 
+def test_what_is_trained_beside_the_trials_is_a_shared_network_in_the_references_setting(plan: Plan) -> None:
+    setting, key = side_setting(plan), yardstick_keys(plan)[0]
+    assert (setting.data, setting.backbone, setting.recipe, setting.epochs) == (
+        key.data,
+        key.backbone,
+        key.recipe,
+        key.epochs,
+    )
+    shared, single = default_candidate(plan, "shared"), default_candidate(plan, "single")
+    assert replace(shared, family="single") == single == yardstick_candidate(plan)
+
+
+def test_networks_that_a_gpu_trains_are_others(make_job: MakeJob) -> None:
+    keys = [set(yardstick_keys(make_plan(make_job(resources={"gpus": gpus})))) for gpus in (0, 0.5, 1)]
+    assert not keys[0] & keys[1]
+    assert keys[1] == keys[2]
+
+
+def test_a_key_says_what_its_network_is(plan: Plan) -> None:
+    assert all(reference_candidate(key) == yardstick_candidate(plan) for key in yardstick_keys(plan))
+    for sizes, keys in own_width_keys(plan).items():
+        assert {sizes_key(reference_candidate(key)) for key in keys} == {sizes}
+
+
+def own_width_job(**fields: Any) -> dict[str, Any]:
+    return {
+        "tasks": ["left_loop", "right_loop"],
+        "search": {
+            "families": ["shared", "etr_nlp"],
+            "space": {"shared": {"width": [24, 48], "depth": 2}, "etr_nlp": {"width": 32, "depth": [1, 2]}},
+        },
+    } | fields
+
+
+def test_every_size_of_the_space_has_references_of_its_own(make_job: MakeJob) -> None:
+    plan = make_plan(make_job(**own_width_job()))
+    keys = own_width_keys(plan)
+    sizes = [(24, 2), (48, 2), (32, 1), (32, 2)]
+    assert list(keys) == [f'["mlp", {{"depth": {depth}, "width": {width}}}]' for width, depth in sizes]
+    assert all(len(of_size) == 2 * 3 for of_size in keys.values())
+    assert keys[sizes_key(yardstick_candidate(plan))] == yardstick_keys(plan)
+
+
+def test_of_more_sizes_than_anybody_would_train_only_the_default_one_is_looked_for(make_job: MakeJob) -> None:
+    plan = make_plan(make_job(search={"backbones": ["mlp", "vit_tiny"], "families": ["shared"]}))
+    assert own_width_keys(plan) == {sizes_key(yardstick_candidate(plan)): yardstick_keys(plan)}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"objectives": [{"metric": "delta_m"}, {"metric": "delta_m_own_width"}]},
+        {"constraints": [{"metric": "delta_m_own_width", "min": 0}]},
+        {"search": {"scheduler": {"name": "asha", "metric": "delta_m_own_width"}}},
+    ],
+)
+def test_they_are_trained_before_the_search_only_where_it_is_decided_by_them(
+    fields: dict[str, Any], make_job: MakeJob
+) -> None:
+    plain = make_plan(make_job(**own_width_job()))
+    assert needed_references(plain) == yardstick_keys(plain)
+    search = own_width_job()["search"] | fields.get("search", {})
+    plan = make_plan(make_job(**own_width_job(**fields | {"search": search})))
+    needed = needed_references(plan)
+    assert len(set(needed)) == len(needed) == 4 * 2 * 3
+    assert set(needed) == {key for keys in own_width_keys(plan).values() for key in keys}
+
+
+def test_a_gain_over_ones_own_width_is_known_where_all_references_of_the_size_are(make_job: MakeJob) -> None:
+    plan = make_plan(make_job(**own_width_job()))
+    keys = own_width_keys(plan)
+    default, wide, *others = keys
+    known = {key: reference(0.2) for key in keys[default]} | {key: reference(0.1) for key in keys[wide]}
+    known |= {key: reference(0.1) for key in keys[others[0]][:-1]}  # one is missing
+    yardstick = make_yardstick(plan, known)
+    assert set(yardstick.own_width) == {default, wide}
+    reached = {name: dict.fromkeys(KIND_METRICS[TaskKind.BINARY], 0.1) for name in plan.tasks.names}
+    gains = {
+        sizes: own_width_gain(reached, yardstick, sizes, "validation", plan.tasks)
+        for sizes in (default, wide)
+    }
+    assert gains == {default: pytest.approx(50.0), wide: pytest.approx(0.0)}
+    assert own_width_gain(reached, yardstick, wide, "test", plan.tasks) == pytest.approx(50.0)
+    assert own_width_gain(reached, yardstick, others[0], "validation", plan.tasks) is None
+    assert yardstick.validation["left_loop"]["error"] == pytest.approx(0.2)  # the others don't move it
+
+
 def test_the_yardstick_is_the_mean_over_the_seeds(plan: Plan) -> None:
     errors = {key: 0.01 * (1 + number) for number, key in enumerate(yardstick_keys(plan))}
     yardstick = make_yardstick(plan, {key: reference(error) for key, error in errors.items()})
@@ -162,11 +261,27 @@ def test_a_reference_is_what_a_trial_of_that_one_task_reaches(
     assert measurement.tasks[task.name] == found.validation
 
 
+def test_a_trial_says_its_gain_over_its_own_width_where_that_is_known(
+    plan: Plan, bench: Bench, yardstick: Yardstick
+) -> None:
+    task, candidate = plan.tasks[0], yardstick_candidate(plan)
+    own: dict[SplitName, TaskValues] = {"validation": yardstick.test, "test": yardstick.test}
+    known = replace(yardstick, own_width={sizes_key(candidate): own})
+    alone = replace(bench, tasks=TaskSet([task]))
+    gains = [
+        Training(Assignment(trial_id="", candidate=what, seed=0, epochs=1), alone, known).run_epoch().values
+        for what in (candidate, replace(candidate, parameters={**candidate.parameters, "width": 32}))
+    ]
+    error = 0.25 * (1 - (gains[0]["delta_m_own_width"] or 0) / 100)
+    assert 0.2 * (1 - (gains[0]["delta_m"] or 0) / 100) == pytest.approx(error)
+    assert gains[1]["delta_m_own_width"] is None
+
+
 OBJECTIVES = [
     ["delta_m", "macs"],
     ["params", "total_error", "normalized_gain"],
     ["task.left_loop.error", "latency_ms", "train_device_seconds"],
-    ["task.left_loop.accuracy", "task.right_loop.auc", "peak_memory_mb"],
+    ["task.left_loop.accuracy", "task.right_loop.auc", "peak_memory_mb", "delta_m_own_width"],
 ]
 
 
@@ -179,6 +294,7 @@ def test_the_reference_point_is_the_worst_that_counts(
     largest = plan.largest_cost()
     expected = {
         "delta_m": -300.0,
+        "delta_m_own_width": -300.0,
         "normalized_gain": -300.0,
         "macs": 1.1 * largest["macs"],
         "params": 1.1 * largest["params"],

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from coterie.search.spec import EVERY_FAMILY, JobSpec
 
 MakeJob = Callable[..., JobSpec]
 TASKS = Digits.tasks().names
+GROUPING = [[list(TASKS[:2]), list(TASKS[2:4]), list(TASKS[4:])]]
 
 
 def faults(spec: JobSpec) -> dict[str, str]:
@@ -56,7 +58,7 @@ def test_an_objective_takes_its_metrics_own_direction(make_job: MakeJob) -> None
 
 @pytest.mark.parametrize("metric", [*METRICS, "task.right_parity.error", "task.left_loop.auc"])
 def test_every_metric_can_be_objective_and_constraint(metric: str, make_job: MakeJob) -> None:
-    make_plan(make_job(objectives=[{"metric": metric}], constraints=[{"metric": metric, "max": 1}]))
+    make_plan(make_job(objectives=[{"metric": metric}], constraints=[{"metric": metric, "max": 1e6}]))
 
 
 @pytest.mark.parametrize(
@@ -101,9 +103,9 @@ def test_every_metric_can_be_objective_and_constraint(metric: str, make_job: Mak
         ),
         ({"constraints": [{"metric": "flops", "max": 1}]}, "/constraints/0/metric", "'flops' is no metric"),
         (
-            {"constraints": [{"metric": "delta_m_own_width", "max": 1}]},
-            "/constraints/0/metric",
-            "'delta_m_own_width' is not implemented yet",
+            {"search": {"scheduler": {"name": "asha", "metric": "speed"}}},
+            "/search/scheduler/metric",
+            "'speed' is no metric",
         ),
         (
             {"tasks": ["left_loop", "right_loop"], "objectives": [{"metric": "task.left_parity.error"}]},
@@ -149,6 +151,11 @@ def test_every_metric_can_be_objective_and_constraint(metric: str, make_job: Mak
             "less than depth",
         ),
         (
+            {"search": {"families": ["grouped"], "space": {"grouped": {"groups": 7}}}},
+            "/search/space/grouped/groups",
+            "must be among [2, 3, 4, 5, 6]",
+        ),
+        (
             {"search": {"space": {"grouped": {"grouping": [[["left_loop"]]]}}}},
             "/search/space/grouped/grouping/0",
             "must be in exactly one group",
@@ -161,6 +168,157 @@ def test_each_fault_is_found_where_it_is(
     found = faults(make_job(**fields))
     assert list(found) == [pointer]
     assert detail in found[pointer]
+
+
+@pytest.mark.parametrize(
+    ("fields", "pointer", "detail"),
+    [
+        (
+            {"constraints": [{"metric": "macs", "max": 5000}, {"metric": "macs", "min": 5001}]},
+            "/constraints/1/min",
+            "'macs' is never above 5000, by its nature or by a constraint before this one: min must be at "
+            "most that, found 5001",
+        ),
+        (
+            {"constraints": [{"metric": "delta_m", "min": 5}, {"metric": "delta_m", "max": -5}]},
+            "/constraints/1/max",
+            "'delta_m' is never below 5, by its nature or by a constraint before this one: max must be at "
+            "least that, found -5",
+        ),
+        ({"constraints": [{"metric": "latency_ms", "max": -1}]}, "/constraints/0/max", "never below 0"),
+        (
+            {"constraints": [{"metric": "task.left_loop.accuracy", "min": 95}]},
+            "/constraints/0/min",
+            "'task.left_loop.accuracy' is never above 1",
+        ),
+        ({"constraints": [{"metric": "total_error", "min": 601}]}, "/constraints/0/min", "never above 600"),
+        (
+            {"search": {"families": ["shared"]}, "constraints": [{"metric": "macs", "max": 1199}]},
+            "/constraints/0/max",
+            "the smallest network of the space has 1200 macs, so max must be at least that, found 1199",
+        ),
+        (
+            {"search": {"families": ["single"]}, "constraints": [{"metric": "params", "max": 7000}]},
+            "/constraints/0/max",
+            "the smallest network of the space has 7014 params",
+        ),
+        (  # two networks of 24, or of two units of which the first is shared
+            {
+                "search": {"families": ["grouped"], "space": {"grouped": {"width": 24}}},
+                "constraints": [{"metric": "macs", "max": 4751}],
+            },
+            "/constraints/0/max",
+            "the smallest network of the space has 4752 macs",
+        ),
+        (
+            {
+                "search": {
+                    "families": ["grouped"],
+                    "space": {"grouped": {"width": 24, "grouping": GROUPING}},
+                },
+                "constraints": [{"metric": "macs", "max": 5327}],
+            },
+            "/constraints/0/max",
+            "the smallest network of the space has 5328 macs",
+        ),
+        (
+            {"search": {"families": ["etr_nlp"]}, "constraints": [{"metric": "macs", "max": 1200}]},
+            "/constraints/0/max",
+            "the smallest network of the space has ",
+        ),
+        (
+            {"search": {"families": ["shared"]}, "constraints": [{"metric": "macs", "min": 1e6}]},
+            "/constraints/0/min",
+            "no network of the space exceeds ",
+        ),
+        (
+            {"constraints": [{"metric": "peak_memory_mb", "min": 1e6}]},
+            "/constraints/0/min",
+            "in peak_memory_mb, so min must be at most that, found 1000000",
+        ),
+        (
+            {"search": {"scheduler": {"name": "pareto_asha", "grace_epochs": 2}}},
+            "/search/scheduler/grace_epochs",
+            "must be less than budget.epochs, 2",
+        ),
+        (
+            {"search": {"scheduler": {"name": "asha", "metric": "train_device_seconds"}}},
+            "/search/scheduler/metric",
+            "trials are not judged by train_device_seconds alone",
+        ),
+        (
+            {
+                "objectives": [{"metric": "train_device_seconds"}],
+                "search": {"scheduler": {"name": "pareto_asha"}},
+            },
+            "/search/scheduler/name",
+            "take scheduler none",
+        ),
+        (
+            {
+                "budget": {
+                    "trials": 8,
+                    "epochs": 2,
+                    "stop_when": {"hypervolume_gain_below": 0.1, "over_trials": 8},
+                }
+            },
+            "/budget/stop_when/over_trials",
+            "the job ends after 8 trials, so over_trials must be less, found 8",
+        ),
+        (
+            {
+                "objectives": [{"metric": "delta_m_own_width"}],
+                "search": {"backbones": ["mlp", "vit_tiny"], "families": ["shared"]},
+            },
+            "/objectives/0/metric",
+            "28 sizes x 6 tasks x 3 seeds are 504 trainings, more than 500",
+        ),
+    ],
+)
+def test_what_can_not_be_is_refused_with_what_would_be_right(
+    fields: dict[str, Any], pointer: str, detail: str, make_job: MakeJob
+) -> None:
+    found = faults(make_job(**fields))
+    assert list(found) == [pointer]
+    assert detail in found[pointer]
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"constraints": [{"metric": "macs", "min": 5000}, {"metric": "macs", "max": 5000}]},
+        {"search": {"families": ["shared"]}, "constraints": [{"metric": "macs", "max": 1200}]},
+        {"search": {"families": ["single"]}, "constraints": [{"metric": "params", "max": 7014}]},
+        {
+            "search": {"families": ["grouped"], "space": {"grouped": {"width": 24}}},
+            "constraints": [{"metric": "macs", "max": 4752}],
+        },
+        {"search": {"scheduler": {"name": "asha", "metric": "latency_ms"}}},
+        {
+            "objectives": [{"metric": "latency_ms"}, {"metric": "macs"}],
+            "search": {"scheduler": {"name": "pareto_asha"}},
+        },
+        {
+            "budget": {
+                "trials": 8,
+                "epochs": 2,
+                "stop_when": {"hypervolume_gain_below": 0.1, "over_trials": 7},
+            }
+        },
+        {
+            "budget": {
+                "seconds": 60,
+                "epochs": 2,
+                "stop_when": {"hypervolume_gain_below": 0.1, "over_trials": 9000},
+            }
+        },
+        {"search": {"families": ["shared"], "backbones": ["mlp", "vit_tiny"]}},
+        {"tasks": ["left_loop"], "confirm": {"top": 2, "seeds": 2}},
+        {"budget": {"trials": 1}, "confirm": {"top": 3}},
+    ],
+)
+def test_what_just_fits_is_taken(fields: dict[str, Any], make_job: MakeJob) -> None:
+    make_plan(make_job(**fields))
 
 
 def test_faults_in_metrics_and_in_the_space_are_told_together(make_job: MakeJob) -> None:
@@ -204,6 +362,16 @@ def sizes(plan: Plan, choose: Callable[[str, Dimension], Value]) -> dict[str, fl
     return {"macs": cost.macs, "params": cost.params, "peak_memory_mb": memory}
 
 
+@cache
+def bounds(search: str) -> tuple[Plan, dict[str, float], dict[str, float]]:
+    """A plan with the smallest and the largest sizes of its networks."""
+    document = {"dataset": {"source": "digits"}, "budget": {"trials": 3}, "search": json.loads(search)}
+    plan = make_plan(JobSpec.model_validate(document))
+    every = list(plan.smallest_sizes())
+    smallest = {name: min(size[name] for size in every) for name in ("macs", "params")}
+    return plan, smallest, plan.largest_cost()
+
+
 @pytest.mark.parametrize(
     "search",
     [
@@ -221,10 +389,10 @@ def sizes(plan: Plan, choose: Callable[[str, Dimension], Value]) -> dict[str, fl
 )
 @given(data=st.data())
 @settings(max_examples=12)
-def test_no_candidate_costs_more_than_the_largest(
-    search: dict[str, Any], data: st.DataObject, make_job: MakeJob
+def test_no_candidate_costs_more_than_the_largest_or_less_than_the_smallest(
+    search: dict[str, Any], data: st.DataObject
 ) -> None:
-    plan = make_plan(make_job(search=search))
+    plan, smallest, largest = bounds(json.dumps(search))
 
     def choose(name: str, dimension: Dimension) -> Value:
         domain = dimension.domain
@@ -233,14 +401,15 @@ def test_no_candidate_costs_more_than_the_largest(
         low, high = int(domain.low), int(domain.high)
         return data.draw(st.integers(low, high) if domain.integer else st.just(dimension.default), label=name)
 
-    found, largest = sizes(plan, choose), plan.largest_cost()
+    found = sizes(plan, choose)
     assert found.keys() == largest.keys()
     assert all(found[name] <= largest[name] for name in found)
+    assert all(found[name] >= smallest[name] for name in smallest)
 
 
 def test_the_largest_cost_is_reached_by_the_largest_single_task_networks(make_job: MakeJob) -> None:
     plan = make_plan(make_job(search={"families": ["single", "shared", "dmtg"]}))
-    largest: dict[str, Value] = {"family": "single", "single.mlp.width": 96, "single.mlp.depth": 3}
+    largest: dict[str, Value] = {"family": "single", "mlp.width": 96, "mlp.depth": 3}
     found = sizes(plan, lambda name, dimension: largest.get(name, dimension.default))
     assert {name: plan.largest_cost()[name] for name in ("macs", "params")} == {
         name: found[name] for name in ("macs", "params")

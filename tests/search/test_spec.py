@@ -14,7 +14,7 @@ from coterie.search.spec import JobSpec
 
 LEAST: dict[str, Any] = {"dataset": {"source": "digits"}, "budget": {"trials": 3}}
 
-# The example of architecture.md, less what is not implemented yet.
+# The example of architecture.md.
 FULL: dict[str, Any] = {
     "name": "fashion attributes",
     "dataset": {"source": "digits", "options": {"samples": 500, "seed": 3}},
@@ -33,7 +33,8 @@ FULL: dict[str, Any] = {
             "grouped": {"grouping": [[["left_parity", "left_loop"], ["right_parity"]]]},
         },
         "sampler": {"name": "nsga2"},
-        "scheduler": {"name": "none"},
+        "scheduler": {"name": "asha", "eta": 4, "grace_epochs": 2, "metric": "macs"},
+        "repeats": True,
     },
     "budget": {
         "trials": 40,
@@ -42,9 +43,10 @@ FULL: dict[str, Any] = {
         "device_seconds": 7200.5,
         "failures": 3,
         "concurrent": 2,
+        "stop_when": {"hypervolume_gain_below": 0.01, "over_trials": 10},
     },
     "resources": {"cpus": 0.5, "gpus": 0.25},
-    "confirm": {"top": 0, "seeds": 3},
+    "confirm": {"top": 3, "seeds": 5},
     "seed": 2**53 - 1,
     "priority": -3,
 }
@@ -82,9 +84,11 @@ def test_a_job_needs_no_more_than_a_source_and_a_limit() -> None:
     ]
     assert spec.constraints == []
     assert spec.search.space == {}
-    assert spec.search.sampler.name == "tpe"
+    assert spec.search.sampler.name == "coterie"
     assert spec.search.scheduler.name == "none"
-    assert spec.confirm.top == 0
+    assert not spec.search.repeats
+    assert (spec.confirm.top, spec.confirm.seeds) == (0, 3)
+    assert spec.budget.stop_when is None
     assert spec.budget.epochs == 20
     assert spec.budget.concurrent is None
     assert (spec.resources.cpus, spec.resources.gpus) == (1, 0)
@@ -112,6 +116,7 @@ def test_what_was_asked_for_is_kept_as_it_was() -> None:
         "search.sampler.seed",
         "search.scheduler.rungs",
         "budget.hours",
+        "budget.stop_when.seconds",
         "resources.memory",
         "confirm.all",
     ],
@@ -130,36 +135,25 @@ def test_unknown_fields_in_lists_are_refused_with_their_index() -> None:
     assert {"objectives.1.weight", "constraints.0.most", "tasks.0.TaskChoice.wieght"} <= set(found)
 
 
-@pytest.mark.parametrize(
-    ("place", "value", "where"),
-    [
-        ("search.sampler", {"name": "coterie"}, "search.sampler.name"),
-        ("search.scheduler", {"name": "pareto_asha"}, "search.scheduler.name"),
-        ("search.scheduler", {"name": "asha"}, "search.scheduler.name"),
-    ],
-)
-def test_what_is_planned_is_refused_in_these_words(place: str, value: object, where: str) -> None:
-    assert faults(job(place, value)) == {where: f"'{_last(value)}' is not implemented yet"}
-
-
-def _last(value: object) -> object:
-    while isinstance(value, dict | list):
-        value = list(value.values() if isinstance(value, dict) else value)[-1]
-    return value
-
-
-def test_early_stopping_takes_its_defaults_only() -> None:
-    assert faults(job("search.scheduler", {"eta": 2, "grace_epochs": 2})) == {
-        "search.scheduler.eta": "only 3 is implemented yet",
-        "search.scheduler.grace_epochs": "only 1 is implemented yet",
+@pytest.mark.parametrize("name", ["none", "pareto_asha"])
+def test_only_asha_judges_by_one_metric(name: str) -> None:
+    judged = {"name": "asha", "metric": "task.left_loop.error"}
+    assert JobSpec.model_validate(job("search.scheduler", judged)).search.scheduler.metric == judged["metric"]
+    assert faults(job("search.scheduler", judged | {"name": name})) == {
+        "search.scheduler": f"'{name}' takes no metric: only asha judges by one"
     }
 
 
-def test_confirming_takes_its_defaults_only() -> None:
-    assert faults(job("confirm", {"top": 3, "seeds": 5})) == {
-        "confirm.top": "only 0 is implemented yet",
-        "confirm.seeds": "only 3 is implemented yet",
+def test_a_rule_to_stop_needs_both_its_parts() -> None:
+    assert set(faults(job("budget", {"trials": 3, "stop_when": {}}))) == {
+        "budget.stop_when.hypervolume_gain_below",
+        "budget.stop_when.over_trials",
     }
+    for rule in (
+        {"hypervolume_gain_below": 0, "over_trials": 0},
+        {"hypervolume_gain_below": 1, "over_trials": -1},
+    ):
+        assert len(faults(job("budget", {"trials": 3, "stop_when": rule}))) == 2
 
 
 @pytest.mark.parametrize(
@@ -171,6 +165,10 @@ def test_confirming_takes_its_defaults_only() -> None:
         ("budget.device_seconds", 0.001, 1e10, 0.001),
         ("budget.failures", 0, 10_000, 1),
         ("budget.concurrent", 1, 1024, 1),
+        ("search.scheduler.eta", 2, 10, 1),
+        ("search.scheduler.grace_epochs", 1, 10_000, 1),
+        ("confirm.top", 0, 100, 1),
+        ("confirm.seeds", 2, 100, 1),
         ("resources.cpus", 0.001, 1024, 0.001),
         ("resources.gpus", 0, 64, 0.001),
         ("seed", 0, 2**53 - 1, 1),
@@ -325,7 +323,8 @@ def test_the_json_schema_says_bounds_enums_patterns_and_uniqueness() -> None:
     assert parts["SearchSpec"]["properties"]["families"]["items"]["enum"] == list(FAMILIES)
     assert parts["SearchSpec"]["properties"]["backbones"]["items"]["enum"] == list(BACKBONES)
     assert parts["SearchSpec"]["properties"]["families"]["uniqueItems"] is True
-    assert parts["SamplerSpec"]["properties"]["name"]["enum"] == ["tpe", "nsga2", "gp", "random"]
+    assert parts["SamplerSpec"]["properties"]["name"]["enum"] == ["coterie", "tpe", "nsga2", "gp", "random"]
+    assert parts["SchedulerSpec"]["properties"]["name"]["enum"] == ["none", "asha", "pareto_asha"]
     assert parts["Direction"]["enum"] == ["maximize", "minimize"]
     assert parts["DatasetSpec"]["properties"]["source"]["pattern"].startswith("^")
     assert schema["properties"]["seed"]["maximum"] == 2**53 - 1
