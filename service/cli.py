@@ -164,7 +164,7 @@ def jobs(
 
 @app.command()
 def show(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
-    """Show a job: state, progress, what it searches."""
+    """Show a job: state, progress, what it searches, what it found about its tasks."""
     with _connect(server) as client:
         found = client.job(job)
     if as_json:
@@ -194,7 +194,7 @@ def front(
     max_latency_ms: MaxLatency = None,
     server: Server = DEFAULT_URL,
 ) -> None:
-    """Show a job's Pareto front: the trials that no other trial beats in everything."""
+    """Show a job's Pareto front: the trials that no other beats in everything, and what fresh seeds gave."""
     if as_json and as_csv:
         _fail("Give --json or --csv, not both.")
     with _connect(server) as client:
@@ -207,6 +207,19 @@ def front(
         console.show_front(console.make_console(), found)
     else:
         typer.echo("No trial is on the front.", err=True)
+
+
+@app.command()
+def affinity(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
+    """Show how much a job's tasks help each other."""
+    with _connect(server) as client:
+        found = client.job(job).affinity()
+    if as_json:
+        _print_json(found)
+    elif found:
+        console.show_affinities(console.make_console(), found)
+    else:
+        typer.echo("Nothing was measured of how the tasks help each other.", err=True)
 
 
 @app.command()
@@ -274,11 +287,21 @@ def export(
 def cancel(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
     """Cancel a job; its trials end within seconds."""
     with _connect(server) as client:
-        cancelled = client.job(job).cancel()
-    if as_json:
-        _print_json(cancelled.document)
-    else:
-        typer.echo(f"{cancelled.id}: {cancelled.state}")
+        _show_state(client.job(job).cancel(), as_json)
+
+
+@app.command()
+def pause(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
+    """Pause a job: its devices are free within seconds, its trials keep their checkpoints."""
+    with _connect(server) as client:
+        _show_state(client.job(job).pause(), as_json)
+
+
+@app.command()
+def resume(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
+    """Resume a paused job: it is queued, and goes on where it was."""
+    with _connect(server) as client:
+        _show_state(client.job(job).resume(), as_json)
 
 
 @app.command()
@@ -350,10 +373,19 @@ def _watch(job: Job, as_json: bool) -> None:
         )
     if as_json:
         _print_json(job.document)
-    elif points := job.front():
-        console.show_front(console.make_console(), points)
+    else:
+        shown = console.make_console()
+        console.show_front(shown, job.front())
+        console.show_verdict(shown, job)
     if job.state != "succeeded":
         _fail(f"{job.id}: {job.state}{f', {job.reason}' if job.reason else ''}", JOB_FAILED)
+
+
+def _show_state(job: Job, as_json: bool) -> None:
+    if as_json:
+        _print_json(job.document)
+    else:
+        typer.echo(f"{job.id}: {job.state}")
 
 
 def _print_json(document: object) -> None:

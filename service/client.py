@@ -258,7 +258,7 @@ class Job:
         callback: "Callable[[Job], object] | None" = None,
         timeout: float | None = None,
     ) -> Self:
-        """Wait until the job has ended, in whichever state.
+        """Wait until the job has ended, in whichever state; one that is paused has not.
 
         Args:
             interval: Seconds between two looks.
@@ -354,14 +354,33 @@ class Job:
         }
         return Trial(self._client, self._client._json("GET", _path("jobs", self.id, "best"), params=query))
 
+    def affinity(self) -> list[Document]:
+        """How much its tasks help each other: `matrix` and more, an item for each method that measured it."""
+        return list(self._client._pages(_path("jobs", self.id, "affinity"), {}))
+
+    def references(self) -> list[Document]:
+        """The reference networks that it measures against, read page by page."""
+        return list(self._client._items(_path("jobs", self.id, "references")))
+
     def cancel(self) -> Self:
         """Ask for its end; its trials stop within seconds."""
-        self.document = self._client._json("POST", _path("jobs", self.id, "cancel"))
-        return self
+        return self._change("cancel")
+
+    def pause(self) -> Self:
+        """Take it off its devices, within seconds; `resume` lets it go on where it was."""
+        return self._change("pause")
+
+    def resume(self) -> Self:
+        """Queue it again after a pause."""
+        return self._change("resume")
 
     def logs(self, tail: int | None = None) -> str:
         """What the job's driver wrote; the last `tail` lines of it."""
         return self._client._text(_path("jobs", self.id, "logs"), {"tail": tail})
+
+    def _change(self, action: str) -> Self:
+        self.document = self._client._json("POST", _path("jobs", self.id, action))
+        return self
 
 
 class Trial:
@@ -396,7 +415,7 @@ class Trial:
 
     @property
     def values(self) -> dict[str, float | None]:
-        """Metric -> value on the validation split."""
+        """Metric -> value on the validation split; of a stopped trial, what it had reached."""
         values: dict[str, float | None] = self.document["values"]
         return values
 

@@ -4,6 +4,7 @@ On a terminal there are bars and rules, within 80 columns; in a pipe plain lines
 other commands take them.
 """
 
+import math
 import string
 import textwrap
 import time
@@ -25,7 +26,10 @@ LOOK_SECONDS = 1.0  # between two looks at a job
 LINE_SECONDS = 3.0  # between two lines about it where there is no terminal
 UNLIMITED = 100_000  # columns
 LEAST_CUT = 8  # what a cut column keeps
+LEAST_NAME = 12  # what a cut task name keeps
+CELL = 8  # columns of a number of an affinity, as "-123.4", and of the gap behind it
 UNKNOWN = "-"
+GAIN = "delta_m"  # what a confirmed point is judged by
 TASK_PREFIX = "task."  # of a metric that is one task's own
 
 STYLES = {
@@ -34,6 +38,7 @@ STYLES = {
     "running": "cyan",
     "failed": "red",
     "cancelled": "yellow",
+    "paused": "yellow",
 }
 
 
@@ -83,6 +88,7 @@ def show_job(console: Console, job: Job) -> None:
         "budget": _budget(job.progress["budget"]),
         "time left": "" if eta is None else _duration(eta),
         "hypervolume": figure("hypervolume", document["hypervolume"]),
+        "verdict": _verdict(job),
         "data": spec["dataset"]["source"],
         "tasks": ", ".join(_names(spec["tasks"])) or "all",
         "families": ", ".join(search["families"]),
@@ -106,6 +112,7 @@ def show_trial(console: Console, trial: Trial) -> None:
         "family": f"{trial.family} on {document['backbone']}",
         "grouping": "\n".join(", ".join(group) for group in trial.grouping or []),
         "candidate": ", ".join(f"{name} {_parameter(value)}" for name, value in parameters.items()),
+        "proposed by": document["origin"],
         "seed": str(document["seed"]),
         "validation": _figures(overall),
         "test": _figures(test),
@@ -137,6 +144,40 @@ def show_front(console: Console, front: Document) -> None:
     if letters:
         legend = ", ".join(f"{letter} {name}" for name, letter in letters.items())
         console.print(f"Tasks: {escape(legend)}", soft_wrap=False)
+    _show_confirmed(console, [point for point in points if point["confirmed"]])
+
+
+def show_verdict(console: Console, job: Job) -> None:
+    """What a job has found about its tasks, where it has."""
+    if words := _verdict(job):
+        console.print(f"\n{escape(words)}", soft_wrap=False)
+
+
+def show_affinities(console: Console, items: Iterable[Document]) -> None:
+    """A table a method: a row a task that helps, a column a task that is helped.
+
+    Where the console has not room for all columns, there are several tables.
+    """
+    for index, item in enumerate(items):
+        tasks = item["tasks"]
+        letters = _letters([[tasks]])
+        longest = max(map(len, tasks))
+        label = max(LEAST_NAME, min(longest, console.width - CELL * len(tasks) - CELL))
+        exponent = _exponent(value for row in item["matrix"] for value in row)
+        unit = f" In units of 1e{exponent}." if exponent else ""
+        trained = f"{item['backbone']}, {item['epochs']} epochs, {item['seeds']} seeds, {item['split']} split"
+        words = f"{item['description']}{unit} Below each number its standard error over the seeds."
+        heading = Text.assemble("\n" * (index > 0), (item["method"], "bold"), f"  {trained}\n{words}")
+        console.print(heading, soft_wrap=False)
+        room = max(1, (console.width - label) // CELL - 1)
+        for first in range(0, len(tasks), room):
+            columns = range(first, min(first + room, len(tasks)))
+            heads = [letters[tasks[j]] for j in columns]
+            table = _table(("", *heads), right=heads)
+            for i, name in enumerate(tasks):
+                numbers = (_cell(item, i, j, exponent) for j in columns)
+                table.add_row(Text(f"{letters[name]} {_shorten(name, label)}"), *numbers)
+            _show(console, table)
 
 
 def front_rows(front: Document) -> list[dict[str, Any]]:
@@ -148,6 +189,7 @@ def front_rows(front: Document) -> list[dict[str, Any]]:
             "grouping": "|".join(" ".join(group) for group in point["grouping"] or []),
             **point["values"],
             **{f"test_{name}": value for name, value in point["test"].items()},
+            **_confirmed_columns(point["confirmed"]),
         }
         for point in _sorted_points(front)
     ]
@@ -183,6 +225,87 @@ def watch(console: Console, job: Job) -> Job:
     """Show a job's progress until it has ended."""
     with _progress_display(console, job) as show:
         return job.wait(LOOK_SECONDS, show)
+
+
+def _verdict(job: Job) -> str:
+    verdict = job.document["verdict"]
+    return str(verdict["words"]) if verdict else ""
+
+
+def _show_confirmed(console: Console, points: Sequence[Document]) -> None:
+    """A line for each point that was trained again, with its gain over a shared network of equal macs."""
+    if not points:
+        return
+    seeds = sorted({point["confirmed"]["seeds"] for point in points})
+    times = str(seeds[0]) if len(seeds) == 1 else f"{seeds[0]} to {seeds[-1]}"
+    names = ("trial", GAIN, f"test {GAIN}", "over shared")
+    table = _table(names, right=names[1:])
+    for point in points:
+        found = point["confirmed"]
+        table.add_row(
+            point["trial_id"],
+            _spread(found["validation"].get(GAIN)),
+            _spread(found["test"].get(GAIN)),
+            _comparison(found["over_shared"]),
+        )
+    console.print(
+        f"\nTrained again with {times} fresh seeds: mean ± standard deviation, and the gain in delta_m over "
+        "a shared network of about the same macs with its confidence interval; noise where that holds 0.",
+        soft_wrap=False,
+    )
+    _show(console, table)
+
+
+def _spread(spread: Document | None) -> str:
+    if spread is None:
+        return UNKNOWN
+    return figure(GAIN, spread["mean"]) + (f" ± {spread['std']:.2f}" if spread["std"] is not None else "")
+
+
+def _comparison(over_shared: Document | None) -> str:
+    if over_shared is None:
+        return UNKNOWN
+    low, high = (figure(GAIN, over_shared[end]) for end in ("low", "high"))
+    gain = "noise" if over_shared["within_noise"] else figure(GAIN, over_shared["gain"])
+    return f"{gain} ({low} to {high})"
+
+
+def _confirmed_columns(confirmed: Document | None) -> dict[str, Any]:
+    if confirmed is None:
+        return {}
+    return {
+        "confirmed_seeds": confirmed["seeds"],
+        **{
+            f"confirmed_{prefix}{name}_{part}": spread[part]
+            for prefix, split in (("", "validation"), ("test_", "test"))
+            for name, spread in confirmed[split].items()
+            for part in ("mean", "std")
+        },
+        **{f"over_shared_{name}": value for name, value in (confirmed["over_shared"] or {}).items()},
+    }
+
+
+def _exponent(values: Iterable[float | None]) -> int:
+    """The power of ten in whose units the greatest of these has two digits; 0 where it is 1 or more."""
+    greatest = max((abs(value) for value in values if value is not None), default=0.0)
+    return math.floor(math.log10(greatest)) - 1 if 0 < greatest < 1 else 0
+
+
+def _cell(item: Document, i: int, j: int, exponent: int) -> str:
+    value, error = item["matrix"][i][j], item["standard_error"][i][j]
+    if i == j:
+        return ""
+    if value is None:
+        return UNKNOWN
+    return f"{value / 10**exponent:+.1f}" + ("" if error is None else f"\n±{error / 10**exponent:.1f}")
+
+
+def _shorten(name: str, width: int) -> str:
+    """A name without its middle: names that differ at one end stay apart."""
+    if len(name) <= width:
+        return name
+    tail = (width - 1) // 2
+    return f"{name[: width - 1 - tail]}…{name[len(name) - tail :]}"
 
 
 @contextmanager

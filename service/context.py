@@ -28,7 +28,7 @@ class Dispatcher(Protocol):
         """Whether jobs can run, and what was found."""
 
     def stop_job(self, job_id: str) -> None:
-        """End what runs for a job that was cancelled."""
+        """End what runs for a job that was cancelled or paused."""
 
 
 @dataclass(frozen=True)

@@ -1,19 +1,16 @@
 """`coterie demo`: a search from beginning to end, over HTTP, with a server of its own.
 
-The search names a grouping; whether it is any good is another question, so it is put to the test: the
-grouping, and one network shared by all tasks of no fewer macs, are trained again on fresh seeds.
+The job confirms the best of its front on fresh seeds, so what it says about the tasks is more than luck.
 """
 
 import os
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from types import FrameType
@@ -21,12 +18,8 @@ from types import FrameType
 import yaml
 from rich.console import Console
 
-from coterie.models.backbones import MLP
-from coterie.models.cost import count_cost
-from coterie.models.families import Shared
-from coterie.models.tasks import Task, TaskKind, TaskSet
-from coterie.service.client import ApiError, Client, Document, Job, Trial, Unreachable
-from coterie.service.console import figure, mean_error, show_front, watch
+from coterie.service.client import ApiError, Client, Job, Trial, Unreachable
+from coterie.service.console import show_front, show_verdict, watch
 from coterie.service.ray_head import TOKEN_FILE, end_leftovers
 from coterie.service.serving import locked, owner_of
 
@@ -42,56 +35,9 @@ POLL_SECONDS = 0.2
 DASHBOARD_SECONDS = 10.0
 LOG_LINES = 20
 
-SEEDS = 3  # fresh trainings of each side of the test
-GROUPING_FAMILIES = ("grouped", "affinity", "dmtg")
-# What both sides of the test have in common.
-RECIPE = ("depth", "lr", "weight_decay", "batch_size", "balancing")
-TEST_NAMES = {"grouped": "demo: the grouping", "shared": "demo: shared"}
-
 
 class DemoFailed(Exception):
     """The demo could not be run to its end."""
-
-
-@dataclass(frozen=True)
-class Runs:
-    """Trainings of one candidate with fresh seeds.
-
-    Attributes:
-        trials: Those that completed.
-    """
-
-    trials: Sequence[Trial]
-
-    @property
-    def gains(self) -> list[float]:
-        """delta_m of each on the validation split."""
-        return [_value(trial, "delta_m") for trial in self.trials]
-
-    @property
-    def best(self) -> Trial:
-        """The one of the highest delta_m on the validation split."""
-        return max(self.trials, key=lambda trial: _value(trial, "delta_m"))
-
-    def describe(self) -> str:
-        """Gain, cost and error in words."""
-        gain, spread = statistics.mean(self.gains), statistics.stdev(self.gains)
-        error = statistics.mean(mean_error(trial.test) or 0.0 for trial in self.trials)
-        macs = figure("macs", _value(self.trials[0], "macs"))
-        return f"delta_m {gain:+.2f} ± {spread:.2f}, {macs} macs, test error {error:.2f}%"
-
-
-@dataclass(frozen=True)
-class Conclusion:
-    """What the demo recommends.
-
-    Attributes:
-        sentence: Says it, and why.
-        trial: The network that goes with it.
-    """
-
-    sentence: str
-    trial: Trial
 
 
 def run(console: Console, folder: Path) -> None:
@@ -112,11 +58,12 @@ def run(console: Console, folder: Path) -> None:
         job = _search(console, client, folder)
         console.print("\nThe front: no other trial has both a higher delta_m and fewer macs.\n")
         show_front(console, job.front())
-        conclusion = _conclude(console, client, job)
-        conclusion.trial.download(folder / NETWORK_FOLDER)
-        console.print(f"\n{conclusion.sentence}", soft_wrap=False)
+        console.print()
+        show_verdict(console, job)
+        trial = recommended(client, job)
+        trial.download(folder / NETWORK_FOLDER)
         console.print("\nStopping the server ...")
-    _show_what_is_left(console, folder, conclusion.trial)
+    _show_what_is_left(console, folder, trial)
     console.print(f"\nDone in {time.monotonic() - began:.0f} s; nothing is left running.")
 
 
@@ -144,130 +91,12 @@ def _dashboard(job: Job) -> str | None:
     return link
 
 
-def _conclude(console: Console, client: Client, job: Job) -> Conclusion:
-    """Put the best grouping that was found to the test."""
-    fallback = job.best(metric="delta_m")
-    candidate = best_grouping(job)
-    if candidate is None:
-        return Conclusion("No trial grouped the tasks, so there is no grouping to recommend.", fallback)
-    width = matching_width(candidate)
-    if width is None:
-        return Conclusion(
-            "Whether the best grouping pays can't be told: no `shared` network is as large as it.",
-            fallback,
-        )
-    console.print(
-        f"\nThe best grouping found is {spell(candidate)} ({candidate.id}). "
-        f"Does it beat one network for all tasks, {width} features wide? "
-        f"Training both on {SEEDS} fresh seeds.\n",
-        soft_wrap=False,
-    )
-    recipe = {name: candidate.document["candidate"][name] for name in RECIPE}
-    split, own_width = (candidate.document["candidate"][name] for name in ("split", "width"))
-    grouped = {**recipe, "width": own_width, "split": split, "grouping": [candidate.grouping]}
-    tests = [
-        client.submit(test_spec(job, "grouped", grouped)),
-        client.submit(test_spec(job, "shared", {**recipe, "width": width})),
-    ]
-    of_grouping, of_shared = (_runs(watch(console, test)) for test in tests)
-    return judge(candidate, of_grouping, of_shared, fallback)
-
-
-def best_grouping(job: Job) -> Trial | None:
-    """The trial of the highest delta_m that has groups in earnest: of the front, or else of all."""
-    trials = [trial for trial in job.trials(state="completed") if _is_grouping(trial)]
-    on_front = [trial for trial in trials if trial.document["on_front"]]
-    return max(on_front or trials, key=lambda trial: _value(trial, "delta_m"), default=None)
-
-
-def _is_grouping(trial: Trial) -> bool:
-    """Neither all tasks together nor each alone."""
-    groups = trial.grouping or []
-    return trial.family in GROUPING_FAMILIES and 1 < len(groups) < sum(map(len, groups))
-
-
-def matching_width(candidate: Trial) -> int | None:
-    """The least width of the backbone at which `shared` has at least the candidate's macs."""
-    architecture = candidate.architecture()
-    backbone = MLP.from_dict(architecture["backbone"])
-    tasks = TaskSet(
-        Task(name=task["name"], kind=TaskKind(task["kind"]), outputs=task["outputs"])
-        for task in architecture["tasks"]
-    )
-    for width in sorted(MLP.choices["width"]):
-        wider = replace(backbone, width=int(width))
-        shared = Shared(backbone=wider, tasks=tasks).prune()
-        if count_cost(shared, wider.input_shape).macs >= _value(candidate, "macs"):
-            return wider.width
-    return None
-
-
-def test_spec(job: Job, family: str, parameters: Document) -> Document:
-    """A job that trains one candidate on seeds that the search has not used."""
-    spec = job.document["spec"]
-    return {
-        "name": TEST_NAMES[family],
-        **{part: spec[part] for part in ("dataset", "tasks", "objectives", "resources")},
-        "search": {
-            "families": [family],
-            "backbones": spec["search"]["backbones"],
-            "space": {family: parameters},
-            "sampler": {"name": "random"},
-        },
-        "budget": {"trials": SEEDS, "epochs": spec["budget"]["epochs"]},
-        "seed": spec["seed"] + 1,
-    }
-
-
-def _runs(job: Job) -> Runs:
-    trials = list(job.trials(state="completed"))
-    if len(trials) != SEEDS:
-        raise DemoFailed(
-            f"{job.document['name']}: {len(trials)} of {SEEDS} runs completed\n{job.logs(LOG_LINES)}"
-        )
-    return Runs(trials)
-
-
-def judge(candidate: Trial, grouped: Runs, shared: Runs, fallback: Trial) -> Conclusion:
-    """Recommend a side only if each of its runs has a higher delta_m than every run of the other.
-
-    Args:
-        candidate: Where the grouping comes from.
-        grouped: Its runs.
-        shared: The runs of one network for all tasks.
-        fallback: The network to show where neither side wins.
-    """
-    figures = f"the grouping {grouped.describe()}; shared {shared.describe()}"
-    if min(grouped.gains) > max(shared.gains):
-        sentence = (
-            f"Recommended: the grouping {spell(candidate)}, because on fresh seeds each of its {SEEDS} "
-            "runs has a higher delta_m than every run of one shared network of no fewer macs "
-            f"({figures})."
-        )
-        return Conclusion(sentence, grouped.best)
-    if min(shared.gains) > max(grouped.gains):
-        sentence = (
-            f"No grouping is recommended: on fresh seeds each of {SEEDS} runs of one shared network of no "
-            "fewer macs has a higher delta_m than every run of the best grouping found; whether another one "
-            f"pays, or this one at equal macs, can't be told at this budget ({figures})."
-        )
-        return Conclusion(sentence, shared.best)
-    sentence = (
-        "Whether the grouping pays can't be told at this budget: on fresh seeds neither side has a higher "
-        f"delta_m in all of its {SEEDS} runs ({figures})."
-    )
-    return Conclusion(sentence, fallback)
-
-
-def spell(trial: Trial) -> str:
-    """A trial's groups in words."""
-    return " and ".join("{" + ", ".join(group) + "}" for group in trial.grouping or [])
-
-
-def _value(trial: Trial, metric: str) -> float:
-    value = trial.values[metric]
-    assert value is not None, f"{trial.id} completed without {metric}"
-    return value
+def recommended(client: Client, job: Job) -> Trial:
+    """The trial that the verdict speaks of, or else the one of the highest delta_m."""
+    verdict = job.document["verdict"]
+    if verdict is not None and verdict["trial_id"] is not None:
+        return client.trial(verdict["trial_id"])
+    return job.best(metric="delta_m")
 
 
 def _show_what_is_left(console: Console, folder: Path, trial: Trial) -> None:
@@ -415,7 +244,6 @@ def jobs_cancelled(client: Client) -> Iterator[None]:
 
 
 def _cancel_jobs(client: Client) -> None:
-    for name in (NAME, *TEST_NAMES.values()):
-        for job in client.jobs(name=name):
-            if not job.ended:
-                job.cancel()
+    for job in client.jobs(name=NAME):
+        if not job.ended:
+            job.cancel()

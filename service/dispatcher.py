@@ -11,6 +11,7 @@ import shlex
 import sys
 import threading
 import time
+from collections import deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -47,6 +48,7 @@ class Dispatcher:
         self._head: RayHead | None = None
         self._client: Any = None
         self._live: set[str] = set()  # submission ids of drivers that are not known to be gone
+        self._left: deque[str] = deque()  # jobs that may have ended, and so need their working files no more
         self._problem: str | None = "Ray is starting"
         self._stopping = threading.Event()
         self._wake = threading.Event()
@@ -67,8 +69,9 @@ class Dispatcher:
         return (True, "Ray takes jobs") if self._problem is None else (False, self._problem)
 
     def stop_job(self, job_id: str) -> None:
-        """Look at once whether `job_id`, which just ended in SQL, has a driver to stop."""
-        logger.info("job %s was cancelled", job_id)
+        """Look at once whether `job_id`, which was cancelled or paused in SQL, has a driver to stop."""
+        logger.info("job %s was cancelled or paused", job_id)
+        self._left.append(job_id)
         self._wake.set()
 
     @property
@@ -146,6 +149,7 @@ class Dispatcher:
             self._end_driver(submission_id)
         for job in running:
             self._check(job)
+        self._drop_working_files()
         while len(self._live) < self._settings.max_running_jobs and not self._stopping.is_set():
             with self._database.write() as session:
                 claimed = JobRepository(session).claim_next(_now(), self._lease)
@@ -166,11 +170,22 @@ class Dispatcher:
             self._client.stop_job(submission_id)
             return
         self._live.discard(submission_id)
-        job_id = submission_id.rpartition("-")[0]
-        with self._database.read() as session:
-            ended = JobRepository(session).get(job_id).state in JOB_ENDED
-        if ended:  # and not only this attempt at it
-            FolderArtifacts(self._settings.artifacts_of(job_id)).drop_working_files()
+        self._left.append(_job_of(submission_id))
+
+    def _drop_working_files(self) -> None:
+        """Of the jobs that have ended; one that is paused or queued goes on from its checkpoints.
+
+        A job whose driver is not gone yet comes back here once it is.
+        """
+        with_driver = {_job_of(submission_id) for submission_id in self._live}
+        while self._left:
+            job_id = self._left[0]
+            if job_id not in with_driver:
+                with self._database.read() as session:
+                    ended = JobRepository(session).get(job_id).state in JOB_ENDED
+                if ended:
+                    FolderArtifacts(self._settings.artifacts_of(job_id)).drop_working_files()
+            self._left.popleft()
 
     def _check(self, job: RunningJob) -> None:
         """Give a job whose driver is gone or silent back to the queue."""
@@ -200,6 +215,7 @@ class Dispatcher:
                     f"{fruitless} drivers in a row ended without a trial; the job's log says why",
                     _now(),
                 )
+                self._left.append(job.job_id)
 
     def _submit(self, claimed: Claimed) -> None:
         job_id, attempt = claimed.job_id, claimed.attempt
@@ -215,7 +231,7 @@ class Dispatcher:
         submission_id = f"{job_id}-{attempt}"
         with self._database.write() as session:
             if not JobRepository(session).set_submission(job_id, attempt, submission_id):
-                return  # it was cancelled meanwhile
+                return  # it was cancelled or paused meanwhile
         self._live.add(submission_id)
         self._client.submit_job(
             entrypoint=shlex.join(command),
@@ -247,6 +263,10 @@ def job_client(address: str, headers: dict[str, str] | None = None) -> Any:
             return super()._do_request(*arguments, timeout=ANSWER_SECONDS, **options)
 
     return _Client(address, headers=headers)
+
+
+def _job_of(submission_id: str) -> str:
+    return submission_id.rpartition("-")[0]
 
 
 def _now() -> datetime:

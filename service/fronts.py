@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from coterie.models.tasks import Direction
+from coterie.search.confirm import summarise
 from coterie.search.front import Front, feasible
 from coterie.search.plan import Fault
 from coterie.search.spec import ConstraintSpec, JobSpec
@@ -10,8 +11,9 @@ from coterie.service import schemas
 from coterie.service.context import Context
 from coterie.service.cursors import InvalidQuery, decode_cursor, encode_cursor
 from coterie.service.storage.repositories import JobRepository, TrialRepository
+from coterie.service.storage.store import confirmation_of
 from coterie.service.storage.tables import JobRow, TrialRow
-from coterie.service.views import metrics_of, trial_view
+from coterie.service.views import metrics_of, point_view, trial_view
 
 _HISTORY = "history"
 
@@ -50,8 +52,9 @@ def read_front(
         InvalidQuery: If one of `metrics` is none of the job's.
     """
     with context.database.read() as session:
-        job = JobRepository(session).get(job_id)
-        trials = TrialRepository(session)
+        jobs, trials = JobRepository(session), TrialRepository(session)
+        job = jobs.get(job_id)
+        confirmed = summarise([confirmation_of(row) for row in jobs.confirmations(job_id)])
         as_kept = metrics is None and not limits and within_constraints
         rows = trials.front(job_id) if as_kept else trials.completed(job_id)
     objectives = [(metric, _direction(job, metric, "objectives")) for metric in metrics or _objectives(job)]
@@ -66,12 +69,7 @@ def read_front(
         ],
         reference_point=reference,
         hypervolume=hypervolume,
-        points=[
-            schemas.FrontPoint(
-                trial_id=row.id, values=row.values, family=row.family, grouping=row.grouping, test=row.test
-            )
-            for row in rows
-        ],
+        points=[point_view(row, confirmed.get(row.id)) for row in rows],
     )
 
 

@@ -14,6 +14,7 @@ from coterie.service.body import parse_json, validate
 from coterie.service.context import Context
 from coterie.service.cursors import decode_cursor, encode_cursor
 from coterie.service.storage.repositories import Idempotency, JobRepository
+from coterie.service.storage.tables import JobRow
 from coterie.service.views import job_view
 
 LOG_TAIL_BYTES = 1_000_000
@@ -41,15 +42,14 @@ def submit_job(context: Context, body: bytes, key: str | None) -> tuple[schemas.
             datetime.now(UTC),
             None if key is None else Idempotency(key, digest),
         )
-        return job_view(row, jobs.usage([row.id])[row.id], context.dispatcher.dashboard_url), new
+        return _view(context, jobs, row), new
 
 
 def show_job(context: Context, job_id: str) -> schemas.Job:
     """One job, or NotFound."""
     with context.database.read() as session:
         jobs = JobRepository(session)
-        row = jobs.get(job_id)
-        return job_view(row, jobs.usage([job_id])[job_id], context.dispatcher.dashboard_url)
+        return _view(context, jobs, jobs.get(job_id))
 
 
 def list_jobs(
@@ -71,8 +71,9 @@ def list_jobs(
         rows = jobs.page(state=state, name=name, before=before, limit=limit + 1)
         shown = rows[:limit]
         usage = jobs.usage([row.id for row in shown])
+    now = datetime.now(UTC)
     return schemas.Page(
-        items=[job_view(row, usage[row.id], context.dispatcher.dashboard_url) for row in shown],
+        items=[job_view(row, usage[row.id], context.dispatcher.dashboard_url, now) for row in shown],
         next_cursor=encode_cursor(_ORDER, shown[-1].position) if len(rows) > limit else None,
     )
 
@@ -86,10 +87,35 @@ def cancel_job(context: Context, job_id: str) -> schemas.Job:
     """
     with context.database.write() as session:
         jobs = JobRepository(session)
-        row = jobs.cancel(job_id, datetime.now(UTC))
-        view = job_view(row, jobs.usage([job_id])[job_id], context.dispatcher.dashboard_url)
+        view = _view(context, jobs, jobs.cancel(job_id, datetime.now(UTC)))
     context.dispatcher.stop_job(job_id)
     return view
+
+
+def pause_job(context: Context, job_id: str) -> schemas.Job:
+    """Take a queued or running job off its resources until it is resumed.
+
+    Raises:
+        NotFound: If it does not exist.
+        Conflict: If it is paused already, or has ended.
+    """
+    with context.database.write() as session:
+        jobs = JobRepository(session)
+        view = _view(context, jobs, jobs.pause(job_id, datetime.now(UTC)))
+    context.dispatcher.stop_job(job_id)
+    return view
+
+
+def resume_job(context: Context, job_id: str) -> schemas.Job:
+    """Queue a paused job again.
+
+    Raises:
+        NotFound: If it does not exist.
+        Conflict: If it is not paused.
+    """
+    with context.database.write() as session:
+        jobs = JobRepository(session)
+        return _view(context, jobs, jobs.resume(job_id))
 
 
 def read_log(context: Context, job_id: str, lines: int) -> str:
@@ -98,6 +124,11 @@ def read_log(context: Context, job_id: str, lines: int) -> str:
         JobRepository(session).get(job_id)
     file = context.settings.log_of(job_id)
     return _tail(file, lines) if file.exists() else ""
+
+
+def _view(context: Context, jobs: JobRepository, row: JobRow) -> schemas.Job:
+    usage = jobs.usage([row.id])[row.id]
+    return job_view(row, usage, context.dispatcher.dashboard_url, datetime.now(UTC))
 
 
 def _check_resources(resources: ResourcesSpec, node: tuple[float, float]) -> None:

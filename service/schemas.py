@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from coterie.models.tasks import Direction, TaskKind
 from coterie.search.spec import JobSpec
-from coterie.search.store import JobState, TrialState
+from coterie.search.store import JobState, TrialState, VerdictKind
 
 Item = TypeVar("Item")
 Values = dict[str, float | None]
@@ -67,7 +67,9 @@ class TrialCounts(Schema):
     pending: int = Field(description="Waiting to run, or to go on after an interruption.")
     running: int = Field(description="Training now.")
     completed: int = Field(description="Trained to the end.")
-    stopped: int = Field(description="Ended early, as when time or device-seconds were spent.")
+    stopped: int = Field(
+        description="Ended early: by the scheduler, or since time or device-seconds were spent."
+    )
     failed: int = Field(description="Ended by an error of their own.")
 
 
@@ -90,7 +92,9 @@ class BudgetUse(Schema):
 
     trials: CountBudget = Field(description="Candidates that completed or were stopped early.")
     seconds: SecondsBudget = Field(description="Time that the job ran.")
-    device_seconds: SecondsBudget = Field(description="Devices reserved × time, references included.")
+    device_seconds: SecondsBudget = Field(
+        description="Devices reserved × time, over the trials and what was trained beside them."
+    )
     failures: CountBudget = Field(description="Candidates that failed.")
 
 
@@ -100,7 +104,8 @@ class Progress(Schema):
     trials: TrialCounts = Field(description="Candidates by state.")
     budget: BudgetUse = Field(description="Used and total, by kind.")
     eta_seconds: float | None = Field(
-        description="Time left at the pace so far; null until a trial has ended, and unless the job runs."
+        description="Time that the job is expected to run from now on; null while nothing is known, and "
+        "unless it runs."
     )
 
 
@@ -110,10 +115,24 @@ class JobLinks(Schema):
     self_: str = Field(alias="self", description="This job.")
     front: str = Field(description="Its front.")
     trials: str = Field(description="Its trials.")
+    affinity: str = Field(description="How much its tasks help each other.")
+    references: str = Field(description="The reference networks that it measures against.")
     logs: str = Field(description="The end of its driver's log.")
     ray_dashboard: str | None = Field(
         description="Its page in the Ray dashboard; null until it was submitted there."
     )
+
+
+class Verdict(Schema):
+    """What a job found about its tasks, on the validation split of networks trained with fresh seeds."""
+
+    kind: VerdictKind = Field(
+        description="Learn the tasks together, apart, in groups, or partly together; no_difference beyond "
+        "noise; unknown where the runs don't tell."
+    )
+    words: str = Field(description="The same in a sentence or two.")
+    trial_id: str | None = Field(description="The trial that it speaks of; null where it speaks of none.")
+    grouping: Grouping | None = Field(description="The groups, where the answer is groups; else null.")
 
 
 class Job(Schema):
@@ -122,7 +141,7 @@ class Job(Schema):
     id: str = Field(description="Opaque, starts with job_.")
     name: str = Field(description="As its spec has it.")
     state: JobState = Field(
-        description="queued, running, paused, then succeeded, failed or cancelled for good."
+        description="queued or running, paused between them, then succeeded, failed or cancelled for good."
     )
     reason: str | None = Field(description="Why it is in this state, where that is not plain.")
     spec: JobSpec = Field(description="What was asked for, defaults filled in.")
@@ -133,6 +152,9 @@ class Job(Schema):
     ended_at: datetime | None = Field(description="When it ended, in UTC.")
     progress: Progress = Field(description="How far it is.")
     hypervolume: float | None = Field(description="Of its front; null until the reference point is known.")
+    verdict: Verdict | None = Field(
+        description="What it found about its tasks; null until then, and where it confirms nothing."
+    )
     links: JobLinks = Field(description="Where else to look.")
 
 
@@ -159,17 +181,24 @@ class Trial(Schema):
     family: str = Field(description="The way to share between tasks.")
     backbone: str = Field(description="The network that is shared.")
     candidate: dict[str, Any] = Field(description="Its parameters: recipe, backbone's and family's.")
+    origin: str = Field(
+        description="What proposed it: baseline, grouping, or the name of the sampler; empty where it is not "
+        "known, as of jobs of older versions."
+    )
     seed: int = Field(description="Seeds initialisation, shuffling and noise.")
     grouping: GroupingField
     values: Values = Field(
-        description="Every objective's and cost metric's validation value, null until measured."
+        description="Every objective's and cost metric's validation value, null until measured. A stopped "
+        "trial's are those that it had reached, costs as they were expected then."
     )
-    tasks: dict[str, Any] = Field(description="By task: its metric on the validation and on the test split.")
+    tasks: dict[str, Any] = Field(
+        description="By task: its metrics on the validation and on the test split; empty unless it completed."
+    )
     test: Values = Field(description="As values, on the test split: reported, never used to choose.")
     epochs: int = Field(description="Epochs trained so far.")
     device_seconds: float = Field(description="Charged so far.")
     worker: str | None = Field(description="Host and process that trained it last.")
-    on_front: bool = Field(description="Whether no other trial dominates it.")
+    on_front: bool = Field(description="Whether it completed and no other one dominates it.")
     started_at: datetime | None = Field(description="When it first ran, in UTC.")
     ended_at: datetime | None = Field(description="When it ended, in UTC.")
     links: TrialLinks = Field(description="Where else to look.")
@@ -192,6 +221,38 @@ class Objective(Schema):
     direction: Direction = Field(description="Which way it is better.")
 
 
+class Spread(Schema):
+    """A metric over fresh seeds."""
+
+    mean: float = Field(description="Over the seeds.")
+    std: float | None = Field(description="Standard deviation over the seeds; null where there is only one.")
+
+
+class SharedComparison(Schema):
+    """A point beside a shared network of about the same macs, both trained with the same fresh seeds."""
+
+    metric: str = Field(description="What is compared, on the validation split.")
+    gain: float = Field(description="Mean of the point less that of the shared network.")
+    low: float = Field(
+        description="Lower end of the gain's confidence interval, of 95 % for all confirmed points together."
+    )
+    high: float = Field(description="Its upper end.")
+    within_noise: bool = Field(description="Whether the interval holds 0: neither is known to be better.")
+    shared_macs: float = Field(description="Of the shared network.")
+
+
+class Confirmed(Schema):
+    """What a point of the front gave when it was trained again with fresh seeds."""
+
+    seeds: int = Field(description="Trainings that completed.")
+    failed: int = Field(description="Trainings that did not; they count nowhere else.")
+    validation: dict[str, Spread] = Field(description="By metric, on the validation split.")
+    test: dict[str, Spread] = Field(description="By metric, on the test split.")
+    over_shared: SharedComparison | None = Field(
+        description="Its gain over one network that all tasks share; null where too little of it was trained."
+    )
+
+
 class FrontPoint(Schema):
     """A trial on the front."""
 
@@ -200,6 +261,9 @@ class FrontPoint(Schema):
     family: str = Field(description="The way to share between tasks.")
     grouping: GroupingField
     test: Values = Field(description="As values, on the test split.")
+    confirmed: Confirmed | None = Field(
+        description="What fresh seeds gave; null where it was not trained again."
+    )
 
 
 class Front(Schema):
@@ -223,6 +287,41 @@ class FrontStep(Schema):
     hypervolume: float | None = Field(description="Of the front after it.")
     size: int = Field(description="Trials on the front after it.")
     at: At
+
+
+class Affinity(Schema):
+    """How much the tasks of a job help each other, by one method."""
+
+    method: str = Field(description="one_step or pairwise.")
+    description: str = Field(description="What its numbers are.")
+    tasks: list[str] = Field(description="Names, in the order of the matrix.")
+    backbone: str = Field(description="The network that was trained.")
+    sizes: dict[str, Any] = Field(description="The backbone's sizes.")
+    recipe: dict[str, Any] = Field(description="How it was trained.")
+    epochs: int = Field(description="How long it was trained.")
+    seeds: int = Field(description="Seeds that it was measured over; a cell may have fewer.")
+    split: str = Field(description="Where it was measured: train or validation.")
+    matrix: list[list[float | None]] = Field(
+        description="[i][j]: of task i onto task j, mean over the seeds; above 0 where i helps j, null where "
+        "it was not measured."
+    )
+    standard_error: list[list[float | None]] = Field(
+        description="Of the matrix, over the seeds; null below two seeds."
+    )
+
+
+class Reference(Schema):
+    """A single-task network that jobs on the same data measure against."""
+
+    task: str = Field(description="What it learned.")
+    backbone: str = Field(description="The network.")
+    sizes: dict[str, Any] = Field(description="The backbone's sizes.")
+    recipe: dict[str, Any] = Field(description="How it was trained.")
+    epochs: int = Field(description="How long it was trained.")
+    seed: int = Field(description="Of its training.")
+    validation: Values = Field(description="By metric of the task, on the validation split.")
+    test: Values = Field(description="By metric of the task, on the test split.")
+    device_seconds: float = Field(description="What it cost the job that trained it; others use it for free.")
 
 
 class CatalogueItem(Schema):

@@ -1,17 +1,22 @@
 """Rows as the API shows them."""
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from datetime import datetime
+from typing import Any
 
+from coterie.search.confirm import PointSummary, Spread
 from coterie.search.objective import COSTS
-from coterie.search.spec import BudgetSpec, JobSpec
+from coterie.search.spec import JobSpec
 from coterie.search.store import JobState, TrialState
 from coterie.service import schemas
 from coterie.service.storage.repositories import Usage
-from coterie.service.storage.tables import JobRow, TrialRow
+from coterie.service.storage.tables import JobRow, ReferenceRow, TrialRow
 
 
-def job_view(row: JobRow, usage: Usage, dashboard_url: str | None) -> schemas.Job:
-    """A job, with how far it is."""
+def job_view(row: JobRow, usage: Usage, dashboard_url: str | None, now: datetime) -> schemas.Job:
+    """A job, with how far it is `now`."""
     spec = JobSpec.model_validate(row.spec)
     path = f"/v1/jobs/{row.id}"
     return schemas.Job(
@@ -25,12 +30,15 @@ def job_view(row: JobRow, usage: Usage, dashboard_url: str | None) -> schemas.Jo
         created_at=row.created_at,
         started_at=row.started_at,
         ended_at=row.ended_at,
-        progress=_progress(JobState(row.state), spec.budget, usage),
+        progress=_progress(row, spec, usage, now),
         hypervolume=row.hypervolume,
+        verdict=None if row.verdict is None else schemas.Verdict(**row.verdict),
         links=schemas.JobLinks(
             self=path,
             front=f"{path}/front",
             trials=f"{path}/trials",
+            affinity=f"{path}/affinity",
+            references=f"{path}/references",
             logs=f"{path}/logs",
             ray_dashboard=f"{dashboard_url}/#/jobs/{row.submission_id}"
             if dashboard_url and row.submission_id
@@ -53,6 +61,7 @@ def trial_view(row: TrialRow, metrics: Iterable[str]) -> schemas.Trial:
         family=row.family,
         backbone=row.backbone,
         candidate=row.parameters,
+        origin=row.origin,
         seed=row.seed,
         grouping=row.grouping,
         values=unmeasured | row.values,
@@ -74,18 +83,65 @@ def trial_view(row: TrialRow, metrics: Iterable[str]) -> schemas.Trial:
     )
 
 
+def point_view(row: TrialRow, confirmed: PointSummary | None) -> schemas.FrontPoint:
+    """A point of a front, with what fresh seeds gave."""
+    return schemas.FrontPoint(
+        trial_id=row.id,
+        values=row.values,
+        family=row.family,
+        grouping=row.grouping,
+        test=row.test,
+        confirmed=None if confirmed is None else _confirmed(confirmed),
+    )
+
+
+def reference_view(row: ReferenceRow) -> schemas.Reference:
+    """A reference network."""
+    return schemas.Reference(
+        task=row.task,
+        **network_settings(row.backbone, row.recipe),
+        epochs=row.epochs,
+        seed=row.seed,
+        validation=row.validation,
+        test=row.test,
+        device_seconds=row.device_seconds,
+    )
+
+
+def network_settings(backbone: str, recipe: str) -> dict[str, Any]:
+    """The canonical JSON of a backbone and its recipe, taken apart."""
+    name, sizes = json.loads(backbone)
+    return {"backbone": name, "sizes": sizes, "recipe": json.loads(recipe)}
+
+
 def metrics_of(job: JobRow) -> list[str]:
     """The objectives and costs of a job's trials."""
     objectives = [objective["metric"] for objective in job.spec["objectives"]]
     return [*objectives, *(cost for cost in COSTS if cost not in objectives)]
 
 
-def _progress(state: JobState, budget: BudgetSpec, usage: Usage) -> schemas.Progress:
+def _confirmed(summary: PointSummary) -> schemas.Confirmed:
+    over_shared = summary.over_shared
+    return schemas.Confirmed(
+        seeds=summary.seeds,
+        failed=summary.failed,
+        validation=_spreads(summary.validation),
+        test=_spreads(summary.test),
+        over_shared=None if over_shared is None else schemas.SharedComparison(**asdict(over_shared)),
+    )
+
+
+def _spreads(spreads: Mapping[str, Spread]) -> dict[str, schemas.Spread]:
+    return {name: schemas.Spread(mean=spread.mean, std=spread.std) for name, spread in spreads.items()}
+
+
+def _progress(row: JobRow, spec: JobSpec, usage: Usage, now: datetime) -> schemas.Progress:
     def count(trial_state: TrialState) -> int:
         return usage.trials.get(trial_state, 0)
 
     used = count(TrialState.COMPLETED) + count(TrialState.STOPPED)
     failed = count(TrialState.FAILED)
+    budget = spec.budget
     return schemas.Progress(
         trials=schemas.TrialCounts(
             pending=count(TrialState.PENDING),
@@ -100,20 +156,12 @@ def _progress(state: JobState, budget: BudgetSpec, usage: Usage) -> schemas.Prog
             device_seconds=schemas.SecondsBudget(used=usage.device_seconds, total=budget.device_seconds),
             failures=schemas.CountBudget(used=failed, total=budget.failures),
         ),
-        eta_seconds=_eta(budget, used, usage) if state == JobState.RUNNING and used + failed else None,
+        eta_seconds=_eta(row, now),
     )
 
 
-def _eta(budget: BudgetSpec, trials: int, usage: Usage) -> float | None:
-    """Time left until the limit that is used up first, at the pace so far."""
-    shares = [
-        used / total
-        for used, total in (
-            (trials, budget.trials),
-            (usage.seconds, budget.seconds),
-            (usage.device_seconds, budget.device_seconds),
-        )
-        if total is not None
-    ]
-    share = min(1.0, max(shares))
-    return usage.seconds * (1 - share) / share if share else None
+def _eta(row: JobRow, now: datetime) -> float | None:
+    """What is left of the time that the job's driver expected last."""
+    if row.state != JobState.RUNNING or row.eta_seconds is None or row.eta_at is None:
+        return None
+    return max(0.0, row.eta_seconds - (now - row.eta_at).total_seconds())

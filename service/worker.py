@@ -11,7 +11,7 @@ from pathlib import Path
 import ray
 
 from coterie.search.plan import SpecError, make_plan
-from coterie.search.runner import run_search
+from coterie.search.runner import drive as drive_search
 from coterie.search.spec import JobSpec
 from coterie.search.store import Fenced, FolderArtifacts, JobState
 from coterie.search.trial import worker_name
@@ -47,7 +47,7 @@ def drive(settings: Settings, job_id: str, attempt: int) -> int:
     # Ray's own handler would run the interpreter's exit work first; the store needs none of it.
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     try:
-        state, reason = run_search(plan, store, FolderArtifacts(settings.artifacts_of(job_id)))
+        state, reason = drive_search(plan, store, FolderArtifacts(settings.artifacts_of(job_id)))
     except Fenced as error:
         logger.warning("%s", error)
         return FENCED

@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, list, show, cancel, log."""
+"""/v1/jobs: submit, list, show, cancel, pause, resume, log, what it measures against."""
 
 from http import HTTPStatus
 from typing import Annotated
@@ -8,13 +8,21 @@ from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
 from coterie.search.store import JobState
-from coterie.service import jobs, schemas
+from coterie.service import jobs, measured, schemas
 from coterie.service.errors import problem_responses
-from coterie.service.routes.parameters import NO_QUERY, ContextOf, JobId, PageParameters, Parameters
+from coterie.service.routes.parameters import (
+    NO_QUERY,
+    ContextOf,
+    JobId,
+    PageParameters,
+    PageQuery,
+    Parameters,
+)
 from coterie.service.routes.reading import read_body
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
+_STATE_ERRORS = problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT)
 _SPEC_BODY = {
     "requestBody": {
         "required": True,
@@ -94,14 +102,34 @@ def show_job(context: ContextOf, job_id: JobId) -> schemas.Job:
     return jobs.show_job(context, job_id)
 
 
-@router.post(
-    "/{job_id}/cancel",
-    dependencies=[NO_QUERY],
-    responses=problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT),
-)
+@router.post("/{job_id}/cancel", dependencies=[NO_QUERY], responses=_STATE_ERRORS)
 def cancel_job(context: ContextOf, job_id: JobId) -> schemas.Job:
     """Cancel a job that has not ended, with all its unfinished trials."""
     return jobs.cancel_job(context, job_id)
+
+
+@router.post("/{job_id}/pause", dependencies=[NO_QUERY], responses=_STATE_ERRORS)
+def pause_job(context: ContextOf, job_id: JobId) -> schemas.Job:
+    """Pause a queued or running job: its devices are free soon, its trials keep their checkpoints."""
+    return jobs.pause_job(context, job_id)
+
+
+@router.post("/{job_id}/resume", dependencies=[NO_QUERY], responses=_STATE_ERRORS)
+def resume_job(context: ContextOf, job_id: JobId) -> schemas.Job:
+    """Resume a paused job: it is queued, and goes on where it was. The time between is not charged."""
+    return jobs.resume_job(context, job_id)
+
+
+@router.get("/{job_id}/affinity", dependencies=[NO_QUERY], responses=_STATE_ERRORS)
+def list_affinities(context: ContextOf, job_id: JobId) -> schemas.Page[schemas.Affinity]:
+    """List how much the job's tasks help each other: one item for each method that measured it."""
+    return measured.list_affinities(context, job_id)
+
+
+@router.get("/{job_id}/references", responses=problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND))
+def list_references(context: ContextOf, job_id: JobId, query: PageQuery) -> schemas.Page[schemas.Reference]:
+    """List the reference networks that the job measures against, its own and other jobs'."""
+    return measured.list_references(context, job_id, limit=query.limit, cursor=query.cursor)
 
 
 @router.get(

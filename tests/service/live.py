@@ -21,18 +21,23 @@ from coterie.search.store import (
     FolderArtifacts,
     FrontUpdate,
     JobState,
+    Role,
     StoredFile,
     Trial,
     TrialState,
+    Verdict,
+    VerdictKind,
 )
 from coterie.service.app import create_app
 from coterie.service.config import Settings
 from coterie.service.storage.store import SqlTrialStore
-from tests.service.conftest import RecordingDispatcher, Server
+from tests.service.conftest import RecordingDispatcher, Server, confirm
+from tests.service.side_runs import measure_affinities, use_references
 
 LEFT = ["left_parity", "left_large", "left_loop"]
 RIGHT = ["right_parity", "right_large", "right_loop"]
 ALL = [*LEFT, *RIGHT]
+VERDICT = "Learn these tasks in two groups: left_parity, left_large, left_loop; the others."
 
 
 class LiveServer(Server):
@@ -81,7 +86,7 @@ def add_trial(
     on_front: bool = True,
 ) -> str:
     """Complete a trial, with its network's files; its macs and params are those of the network."""
-    trial_id = f"trial_{number:016x}"
+    trial_id = _trial_id(number)
     parameters = {"width": width, "depth": 2, "lr": 0.005, "weight_decay": 1e-6, "batch_size": 64, "split": 0}
     store.add_trial(
         Trial(
@@ -140,7 +145,7 @@ def _describe(file: Path) -> StoredFile:
 
 
 def finished_job(server: LiveServer, name: str = "digits") -> str:
-    """A succeeded job: three points on the front and a trial behind it."""
+    """A succeeded job: three points on the front, two of them confirmed, and a trial behind it."""
     job_id = server.submit(name=name)
     store = server.claim()
     store.set_reference_point({"delta_m": -300.0, "macs": 1e6})
@@ -148,5 +153,19 @@ def finished_job(server: LiveServer, name: str = "digits") -> str:
     add_trial(server, store, job_id, 1, family="grouped", groups=[LEFT, RIGHT], delta_m=4.0)
     add_trial(server, store, job_id, 2, family="shared", groups=[ALL], delta_m=-2.5)
     add_trial(server, store, job_id, 3, family="dmtg", groups=[ALL], delta_m=-9.0, on_front=False)
+    for seed, noise in enumerate((-0.5, 0.0, 0.5)):
+        confirm(store, _trial_id(1), Role.POINT, 4.0 + noise, 2000.0, seed)
+        confirm(store, _trial_id(1), Role.SHARED, -6.0 - noise, 2100.0, seed)
+        confirm(store, _trial_id(2), Role.POINT, -2.0 + 3 * noise, 1000.0, seed)
+        confirm(store, _trial_id(2), Role.SHARED, -2.1 - 3 * noise, 1000.0, seed)
+    measure_affinities(store)
+    use_references(store)
+    store.set_verdict(
+        Verdict(kind=VerdictKind.GROUPS, words=VERDICT, trial_id=_trial_id(1), grouping=[LEFT, RIGHT])
+    )
     store.finish(JobState.SUCCEEDED, None)
     return job_id
+
+
+def _trial_id(number: int) -> str:
+    return f"trial_{number:016x}"

@@ -21,13 +21,14 @@ from pathlib import Path
 import pytest
 import torch
 from onnxruntime import InferenceSession
+from rich.console import Console
 
 from coterie.models.export import load_architecture
-from coterie.search.store import JobState
-from coterie.service import VERSION
+from coterie.search.store import JobState, Verdict, VerdictKind
+from coterie.service import VERSION, console
 from coterie.service.client import Client
 from tests.service.conftest import SPEC
-from tests.service.live import ALL, LiveServer, add_trial, finished_job, live_server
+from tests.service.live import ALL, VERDICT, LiveServer, add_trial, finished_job, live_server
 
 COTERIE = [sys.executable, "-m", "coterie.service.cli"]
 TRIAL = "trial_0000000000000000"
@@ -90,9 +91,12 @@ def test_help_names_every_command() -> None:
         "show",
         "logs",
         "front",
+        "affinity",
         "best",
         "export",
         "cancel",
+        "pause",
+        "resume",
         "db",
     ):
         assert f" {command} " in shown
@@ -123,6 +127,7 @@ def test_commands_that_only_ask_the_server_import_nothing_heavy(arguments: str) 
         ("show {job}", {"id", "state", "progress"}),
         ("front {job}", {"objectives", "points", "hypervolume"}),
         ("best {job}", {"id", "family", "values"}),
+        ("affinity {job}", {"method", "tasks", "matrix", "standard_error"}),
         ("datasets", {"name", "tasks"}),
     ],
 )
@@ -145,6 +150,7 @@ def test_a_job_in_full(live: LiveServer, job: str) -> None:
     assert "succeeded" in shown
     assert "4 completed" in shown
     assert "single, shared, grouped, dmtg" in shown
+    assert VERDICT in shown
 
 
 def test_the_front_says_what_the_api_says(live: LiveServer, job: str) -> None:
@@ -165,6 +171,47 @@ def test_the_front_says_what_the_api_says(live: LiveServer, job: str) -> None:
     )
 
 
+def test_the_front_says_what_fresh_seeds_gave_and_what_is_noise(live: LiveServer, job: str) -> None:
+    with Client(live.url) as client:
+        points = [point for point in client.job(job).front()["points"] if point["confirmed"]]
+    assert [point["confirmed"]["over_shared"]["within_noise"] for point in points] == [False, True]
+    lines = coterie("front", job, server=live.url).stdout.splitlines()
+    told = lines[lines.index("") + 1 :]
+    assert told[0].startswith("Trained again with 3 fresh seeds: mean ± standard deviation")
+    assert told[1].split() == ["trial", "delta_m", "test", "delta_m", "over", "shared"]
+    gain = points[0]["confirmed"]["over_shared"]
+    assert re.split("  +", told[2]) == [
+        points[0]["trial_id"],
+        "+4.00 ± 0.50",
+        "+3.00 ± 0.50",
+        f"+10.00 ({gain['low']:+.2f} to {gain['high']:+.2f})",
+    ]
+    assert re.split("  +", told[3])[:3] == [points[1]["trial_id"], "-2.00 ± 1.50", "-3.00 ± 1.50"]
+    assert " noise (-" in told[3]
+
+
+def test_affinities_are_a_table_a_method(live: LiveServer, job: str) -> None:
+    lines = coterie("affinity", job, server=live.url).stdout.splitlines()
+    assert lines[0] == "one_step  mlp, 20 epochs, 2 seeds, train split"
+    assert "In units of 1e-5." in lines[1]
+    assert lines[2].split() == [*"ABCDEF"]
+    assert lines[3].split() == ["A", ALL[0], "-15.0", "-30.0", "-45.0", "-60.0", "-75.0"]
+    assert lines[4].split() == ["±5.0", "±10.0", "±15.0", "±20.0", "±25.0"]
+    pairwise = lines[lines.index("") + 1 :]
+    assert pairwise[0] == "pairwise  mlp, 20 epochs, 2 seeds, validation split"
+    assert pairwise[3].split() == ["A", ALL[0], "-50.0", *"----"]
+    assert pairwise[5].split() == ["B", ALL[1], "+20.0", *"----"]
+    assert pairwise[6].split() == ["±10.0"]
+
+
+def test_a_job_that_measured_no_affinity_says_so(live: LiveServer) -> None:
+    job_id = live.submit()
+    done = coterie("affinity", job_id, server=live.url)
+    assert (done.returncode, done.stdout) == (0, "")
+    assert "Nothing was measured" in done.stderr
+    live.client.post(f"/v1/jobs/{job_id}/cancel")
+
+
 def test_the_front_as_csv(live: LiveServer, job: str) -> None:
     done = coterie("front", job, "--csv", server=live.url)
     rows = list(csv.DictReader(io.StringIO(done.stdout)))
@@ -172,6 +219,10 @@ def test_the_front_as_csv(live: LiveServer, job: str) -> None:
     assert rows[1]["grouping"] == "left_parity left_large left_loop|right_parity right_large right_loop"
     assert float(rows[1]["delta_m"]) == 4.0
     assert float(rows[1]["test_delta_m"]) == 3.0
+    assert [row["confirmed_seeds"] for row in rows] == ["", "3", "3"]
+    assert float(rows[1]["confirmed_delta_m_mean"]) == 4.0
+    assert float(rows[1]["confirmed_test_delta_m_std"]) == 0.5
+    assert [row["over_shared_within_noise"] for row in rows] == ["", "False", "True"]
 
 
 def test_a_front_within_limits(live: LiveServer, job: str) -> None:
@@ -224,6 +275,17 @@ def test_a_job_is_submitted_and_cancelled(live: LiveServer, tmp_path: Path) -> N
     assert "cancelled" in again.stderr
 
 
+def test_a_job_is_paused_and_resumed(live: LiveServer) -> None:
+    job_id = live.submit()
+    assert coterie("pause", job_id, server=live.url).stdout == f"{job_id}: paused\n"
+    again = coterie("pause", job_id, server=live.url)
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "is paused: only a queued or running job can be paused" in again.stderr
+    assert coterie("jobs", "--state", "paused", server=live.url).stdout.split()[5:7] == [job_id, "paused"]
+    assert json.loads(coterie("resume", job_id, "--json", server=live.url).stdout)["state"] == "queued"
+    live.client.post(f"/v1/jobs/{job_id}/cancel")
+
+
 def test_a_bad_job_is_refused_at_its_lines(live: LiveServer, tmp_path: Path) -> None:
     path = tmp_path / "job.yaml"
     path.write_text("dataset: {source: digits}\nbudget:\n  trials: -1\nsurprise: 1\n")
@@ -239,7 +301,10 @@ def test_a_bad_job_is_refused_at_its_lines(live: LiveServer, tmp_path: Path) -> 
         "show job_0",
         "front job_0",
         "logs job_0",
+        "affinity job_0",
         "cancel ../x",
+        "pause job_0",
+        "resume job_0",
         "export trial_0",
         "jobs --state done",
         "jobs --limit 0",
@@ -283,6 +348,8 @@ def end_next_job(live: LiveServer, state: JobState) -> threading.Thread:
         number = 100 + len(live.client.get("/v1/jobs").json()["items"])
         job_id = queued[0]["id"]
         add_trial(live, store, job_id, number, family="shared", groups=[ALL], delta_m=1.5)
+        if state is JobState.SUCCEEDED:
+            store.set_verdict(Verdict(kind=VerdictKind.TOGETHER, words=VERDICT))
         time.sleep(0.3)
         store.finish(state, "because" if state is JobState.FAILED else None)
 
@@ -306,6 +373,8 @@ def test_watching_shows_plain_lines_and_ends_with_the_jobs_code(
     assert done.stdout.startswith("trial ")
     if state is JobState.FAILED:
         assert lines[-1].endswith(": failed, because")
+    else:
+        assert done.stdout.endswith(f"\n\n{VERDICT}\n")
 
 
 def test_watching_with_json_prints_the_job_that_ended(live: LiveServer, tmp_path: Path) -> None:
@@ -360,6 +429,37 @@ def without_styles(text: str) -> list[str]:
 def test_ids_stay_whole_on_a_narrow_terminal(live: LiveServer, job: str) -> None:
     assert TRIAL in on_a_terminal("front", job, server=live.url, columns=40)
     assert job in on_a_terminal("jobs", server=live.url, columns=40)
+
+
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+@pytest.mark.parametrize("command", ["front", "affinity", "show"])
+def test_what_is_known_of_a_job_fits_80_columns(live: LiveServer, job: str, command: str) -> None:
+    lines = without_styles(on_a_terminal(command, job, server=live.url, columns=80))
+    assert max(map(len, map(str.rstrip, lines))) <= 80
+
+
+@pytest.mark.parametrize(("tasks", "width"), [(6, 80), (9, 80), (40, 80), (3, 40)])
+def test_affinities_of_many_tasks_with_long_names_fit_the_terminal(tasks: int, width: int) -> None:
+    names = [f"{'a long name of a task, number ' * 3}{number}" for number in range(tasks)]
+    matrix = [[-123.44 if i != j else None for j in range(tasks)] for i in range(tasks)]
+    item = {
+        "method": "pairwise",
+        "description": "Gain.",
+        "tasks": names,
+        "backbone": "mlp",
+        "epochs": 20,
+        "seeds": 2,
+        "split": "validation",
+        "matrix": matrix,
+        "standard_error": [[None if cell is None else 99.96 for cell in row] for row in matrix],
+    }
+    shown = Console(file=io.StringIO(), width=width, highlight=False)
+    console.show_affinities(shown, [item])
+    assert isinstance(shown.file, io.StringIO)
+    written = shown.file.getvalue()
+    assert max(len(line.rstrip()) for line in written.splitlines()) <= width
+    assert written.count("-123.4") == written.count("±100.0") == tasks * (tasks - 1)
+    assert all(f"er {number} " in written for number in range(tasks))
 
 
 def test_a_closed_pipe_ends_quietly(live: LiveServer, job: str) -> None:

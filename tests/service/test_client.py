@@ -19,7 +19,7 @@ from coterie.search.store import JobState
 from coterie.service import client as client_module
 from coterie.service.client import ApiError, Client, Unreachable
 from tests.service.conftest import SPEC
-from tests.service.live import LEFT, RIGHT, LiveServer, finished_job, live_server
+from tests.service.live import ALL, LEFT, RIGHT, VERDICT, LiveServer, finished_job, live_server
 
 
 @pytest.fixture
@@ -136,6 +136,36 @@ def test_a_job_is_cancelled_once(coterie: Client) -> None:
     with pytest.raises(ApiError) as refused:
         job.cancel()
     assert refused.value.status == 409
+
+
+def test_a_paused_job_is_waited_for_and_goes_on(live: LiveServer, coterie: Client) -> None:
+    job = coterie.submit(SPEC)
+    live.claim()
+    assert job.pause().state == "paused"
+    assert not job.ended
+    with pytest.raises(TimeoutError, match=f"{job.id} is still paused"):
+        job.wait(0.01, timeout=0.05)
+    with pytest.raises(ApiError, match="is paused: only a queued or running job") as refused:
+        job.pause()
+    assert refused.value.status == 409
+    assert job.resume().state == "queued"
+    with pytest.raises(ApiError, match="only a paused job"):
+        job.resume()
+    store = live.claim()
+    store.finish(JobState.FAILED, "nothing completed")
+    assert job.wait(0.01).state == "failed"
+
+
+def test_what_was_measured_beside_the_trials(
+    live: LiveServer, coterie: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(client_module, "PAGE_SIZE", 7)
+    job = coterie.job(finished_job(live))
+    assert [item["method"] for item in job.affinity()] == ["one_step", "pairwise"]
+    assert [(item["task"], item["seed"]) for item in job.references()] == [
+        (task, seed) for seed in range(3) for task in ALL
+    ]
+    assert job.document["verdict"]["words"] == VERDICT
 
 
 def test_the_end_of_a_drivers_log(live: LiveServer, coterie: Client) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from coterie.search.spec import JobSpec
-from coterie.search.store import JobState
+from coterie.search.store import FolderArtifacts, JobState
 from coterie.service import dispatcher as module
 from coterie.service.config import Settings
 from coterie.service.dispatcher import Dispatcher
@@ -69,6 +69,7 @@ class FakeRay:
 @dataclass
 class Stage:
     ray: FakeRay
+    settings: Settings
     database: Database
     dispatcher: Dispatcher
 
@@ -80,6 +81,29 @@ class Stage:
     def cancel(self, job_id: str) -> None:
         with self.database.write() as session:
             JobRepository(session).cancel(job_id, datetime.now(UTC))
+
+    def pause(self, job_id: str) -> None:
+        with self.database.write() as session:
+            JobRepository(session).pause(job_id, datetime.now(UTC))
+
+    def resume(self, job_id: str) -> None:
+        with self.database.write() as session:
+            JobRepository(session).resume(job_id)
+
+    def write_checkpoint(self, job_id: str) -> Path:
+        checkpoint = (
+            FolderArtifacts(self.settings.artifacts_of(job_id)).checkpoint_folder("trial_0") / "state"
+        )
+        checkpoint.parent.mkdir(parents=True)
+        checkpoint.touch()
+        return checkpoint
+
+    @staticmethod
+    def wait_for(condition: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 10
+        while not condition():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
 
     def job(self, job_id: str) -> JobRow:
         with self.database.read() as session:
@@ -96,7 +120,7 @@ def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
     monkeypatch.setattr(os, "environ", dict(os.environ))  # the dispatcher changes it
     dispatcher = Dispatcher(settings, database)
     dispatcher._connect()
-    yield Stage(ray, database, dispatcher)
+    yield Stage(ray, settings, database, dispatcher)
     database.close()
 
 
@@ -172,6 +196,58 @@ def test_a_cancelled_job_keeps_its_place_until_its_driver_is_gone(stage: Stage) 
     assert stage.job(second).state == JobState.RUNNING
 
 
+def test_a_paused_job_gives_its_place_up_and_goes_on_from_its_checkpoints(stage: Stage) -> None:
+    first, second = stage.submit(), stage.submit()
+    stage.dispatcher._tick()
+    checkpoint = stage.write_checkpoint(first)
+    stage.pause(first)
+    stage.dispatcher.stop_job(first)
+    stage.dispatcher._tick()
+    assert stage.ray.stopped == [f"{first}-1"]
+    stage.ray.jobs[f"{first}-1"] = "STOPPED"
+    stage.dispatcher._tick()
+    assert (stage.job(first).state, stage.job(second).state) == (JobState.PAUSED, JobState.RUNNING)
+    stage.resume(first)
+    stage.cancel(second)
+    stage.ray.jobs[f"{second}-1"] = "STOPPED"
+    stage.dispatcher._tick()
+    assert stage.ray.jobs[f"{first}-2"] == "RUNNING"
+    assert checkpoint.exists()
+
+
+def test_pausing_wakes_the_dispatcher(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 60.0)
+    job = stage.submit()
+    stage.dispatcher.start()
+    try:
+        stage.wait_for(lambda: f"{job}-1" in stage.ray.jobs)
+        stage.pause(job)
+        stage.dispatcher.stop_job(job)
+        stage.wait_for(lambda: f"{job}-1" in stage.ray.stopped)
+    finally:
+        stage.dispatcher.stop()
+
+
+@pytest.mark.parametrize("paused_first", [False, True])
+def test_a_job_that_is_cancelled_leaves_no_checkpoints(stage: Stage, paused_first: bool) -> None:
+    job = stage.submit()
+    stage.dispatcher._tick()
+    checkpoint = stage.write_checkpoint(job)
+    if paused_first:
+        stage.pause(job)
+        stage.dispatcher.stop_job(job)
+        stage.ray.jobs[f"{job}-1"] = "STOPPED"
+        stage.dispatcher._tick()
+        assert checkpoint.exists()
+    stage.cancel(job)
+    stage.dispatcher.stop_job(job)
+    stage.dispatcher._tick()
+    assert checkpoint.exists() is not paused_first  # a driver that is not gone may still write
+    stage.ray.jobs[f"{job}-1"] = "STOPPED"
+    stage.dispatcher._tick()
+    assert not checkpoint.exists()
+
+
 def test_a_silent_driver_is_stopped_before_its_job_goes_on(
     stage: Stage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,9 +290,7 @@ def test_the_dispatcher_outlives_ray_and_a_database_that_is_away_with_it(
     stage.ray.lives = False
     stage.dispatcher.start()
     try:
-        deadline = time.monotonic() + 10
-        while f"{job}-2" not in stage.ray.jobs and time.monotonic() < deadline:
-            time.sleep(0.01)
+        stage.wait_for(lambda: f"{job}-2" in stage.ray.jobs)
         assert (faults, stage.ray.heads, list(stage.ray.jobs)) == ([], 2, [f"{job}-2"])
     finally:
         stage.dispatcher.stop()

@@ -2,8 +2,9 @@ from typing import Any
 
 import pytest
 
-from coterie.search.store import TrialState
-from tests.service.conftest import Problem, Server, complete, dominated, on_front
+from coterie.search.store import Role, TrialState
+from coterie.service.storage.store import SqlTrialStore
+from tests.service.conftest import Problem, Server, complete, confirm, dominated, on_front
 
 
 def _front(server: Server, job_id: str, **params: Any) -> dict[str, Any]:
@@ -32,7 +33,30 @@ def test_the_front_is_what_the_search_stored(searched: tuple[Server, str]) -> No
         "family": "dmtg",
         "grouping": [["left_parity"]],
         "test": {"delta_m": -1.0},
+        "confirmed": None,
     }
+
+
+def test_a_confirmed_point_says_what_fresh_seeds_gave(searched: tuple[Server, str]) -> None:
+    server, job_id = searched
+    store = SqlTrialStore(server.database, job_id, 1)
+    for seed, (point, shared) in enumerate([(4.0, 1.0), (5.0, 1.5), (6.0, 0.5)]):
+        confirm(store, "trial_0", Role.POINT, point, 500.0, seed)
+        confirm(store, "trial_0", Role.SHARED, shared, 510.0, seed)
+    for seed in range(2):
+        confirm(store, "trial_2", Role.POINT, 1.0, 100.0, seed)
+    first, second = (point["confirmed"] for point in _front(server, job_id)["points"])
+    assert (first["seeds"], first["failed"]) == (3, 0)
+    assert first["validation"]["delta_m"] == {"mean": 5.0, "std": 1.0}
+    assert first["test"]["delta_m"] == {"mean": 4.0, "std": 1.0}
+    over_shared = first["over_shared"]
+    assert (over_shared["metric"], over_shared["gain"], over_shared["shared_macs"]) == ("delta_m", 4.0, 510.0)
+    assert over_shared["low"] < 4.0 < over_shared["high"]
+    assert over_shared["low"] > 0
+    assert not over_shared["within_noise"]
+    assert (second["seeds"], second["over_shared"]) == (2, None)
+    # Another front over the same trials says the same of them.
+    assert _front(server, job_id, objectives="delta_m")["points"][0]["confirmed"] == first
 
 
 def test_a_front_without_limits_of_its_own_is_the_stored_one_however_it_is_asked_for(
@@ -61,10 +85,10 @@ def test_other_objectives_make_another_front(searched: tuple[Server, str]) -> No
 
 
 def test_the_jobs_constraints_hold_unless_they_are_forgotten(server: Server) -> None:
-    job_id = server.submit(constraints=[{"metric": "params", "max": 100}])
+    job_id = server.submit(constraints=[{"metric": "params", "max": 2000}])
     store = server.claim()
-    complete(store, 0, 5.0, 500.0, dominated(0.0, 0))
-    complete(store, 1, 1.0, 150.0, on_front(1.0, 1))
+    complete(store, 0, 5.0, 5000.0, dominated(0.0, 0))
+    complete(store, 1, 1.0, 3000.0, on_front(1.0, 1))
     assert _ids(_front(server, job_id)) == ["trial_1"]
     assert _ids(_front(server, job_id, max_macs=1e9)) == ["trial_1"]
     assert _ids(_front(server, job_id, feasible="false")) == ["trial_0", "trial_1"]

@@ -1,3 +1,4 @@
+import itertools
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -6,14 +7,14 @@ import httpx
 import pytest
 
 from coterie.models.families import FAMILIES
-from coterie.search.store import Ending, JobState, TrialState
+from coterie.search.store import Ending, Fenced, JobState, TrialState, Verdict, VerdictKind
 from coterie.service.storage.repositories import JobRepository
 from coterie.service.storage.store import SqlTrialStore
-from tests.service.conftest import SPEC, Problem, Server, complete, on_front, trial
+from tests.service.conftest import SPEC, Problem, Server, trial
 
 JOB_FIELDS = {
     *("id", "name", "state", "reason", "spec", "tenant", "priority", "created_at", "started_at", "ended_at"),
-    *("progress", "hypervolume", "links"),
+    *("progress", "hypervolume", "verdict", "links"),
 }
 
 
@@ -129,7 +130,6 @@ def test_a_running_job_shows_how_far_it_is(searched: tuple[Server, str]) -> None
     assert job["progress"]["budget"]["trials"] == {"used": 3, "total": 4}
     assert job["progress"]["budget"]["device_seconds"] == {"used": 6.0, "total": None}
     assert job["progress"]["budget"]["seconds"]["used"] == pytest.approx(30, abs=3)
-    assert job["progress"]["eta_seconds"] == pytest.approx(10, abs=1)  # 3 of 4 trials in 30 s
     assert job["links"]["ray_dashboard"] == f"http://127.0.0.1:8265/#/jobs/{job_id}-1"
 
 
@@ -137,16 +137,112 @@ def _eta(server: Server, job_id: str) -> Any:
     return server.client.get(f"/v1/jobs/{job_id}").json()["progress"]["eta_seconds"]
 
 
-def test_the_time_left_follows_the_tightest_limit_and_is_unknown_before_and_after(server: Server) -> None:
-    job_id = server.submit(budget={"trials": 100, "device_seconds": 8})
+def test_the_time_left_is_what_the_driver_expects_while_the_job_runs(server: Server) -> None:
+    job_id = server.submit()
     store = server.claim()
+    assert _eta(server, job_id) is None
+    store.set_estimate(90.0)
+    assert _eta(server, job_id) == pytest.approx(90, abs=5)
     with server.database.write() as session:
-        JobRepository(session).set_driver(job_id, 1, "host:1", datetime.now(UTC) - timedelta(seconds=30))
+        JobRepository(session).get(job_id).eta_at = datetime.now(UTC) - timedelta(seconds=60)
+    assert _eta(server, job_id) == pytest.approx(30, abs=5)
+    with server.database.write() as session:
+        JobRepository(session).get(job_id).eta_at = datetime.now(UTC) - timedelta(seconds=600)
+    assert _eta(server, job_id) == 0
+    store.set_estimate(None)
     assert _eta(server, job_id) is None
-    complete(store, 0, 1.0, 1.0, on_front(1.0, 1))
-    assert _eta(server, job_id) == pytest.approx(90, abs=6)  # 2 of 8 device-seconds in 30 s
-    store.finish(JobState.SUCCEEDED, None)
+    store.set_estimate(90.0)
+    server.client.post(f"/v1/jobs/{job_id}/pause")
     assert _eta(server, job_id) is None
+
+
+def test_what_a_job_has_found_is_shown(searched: tuple[Server, str]) -> None:
+    server, job_id = searched
+    assert server.client.get(f"/v1/jobs/{job_id}").json()["verdict"] is None
+    SqlTrialStore(server.database, job_id, 1).set_verdict(
+        Verdict(
+            kind=VerdictKind.GROUPS,
+            words="Learn them in these groups.",
+            trial_id="trial_2",
+            grouping=[["left_parity"], ["right_parity"]],
+        )
+    )
+    job = server.client.get(f"/v1/jobs/{job_id}").json()
+    assert job["verdict"] == {
+        "kind": "groups",
+        "words": "Learn them in these groups.",
+        "trial_id": "trial_2",
+        "grouping": [["left_parity"], ["right_parity"]],
+    }
+    assert server.client.get("/v1/jobs").json()["items"] == [job]
+
+
+RULES = {  # action -> state in which it is allowed -> state after it
+    "pause": {"queued": "paused", "running": "paused"},
+    "resume": {"paused": "queued"},
+    "cancel": {"queued": "cancelled", "running": "cancelled", "paused": "cancelled"},
+}
+
+
+def _job_in(server: Server, state: JobState, priority: int) -> str:
+    """A job in this state; `priority` is above that of every job before it, so that it is claimed first."""
+    job_id = server.submit(priority=priority)
+    if state in (JobState.RUNNING, JobState.SUCCEEDED, JobState.FAILED):
+        store = server.claim()
+        if state is not JobState.RUNNING:
+            store.finish(state, None)
+    elif state is JobState.PAUSED:
+        server.client.post(f"/v1/jobs/{job_id}/pause")
+    elif state is JobState.CANCELLED:
+        server.client.post(f"/v1/jobs/{job_id}/cancel")
+    assert server.client.get(f"/v1/jobs/{job_id}").json()["state"] == state
+    return job_id
+
+
+def test_each_state_allows_what_it_should_and_nothing_else(server: Server, problem: Problem) -> None:
+    for priority, (action, state) in enumerate(itertools.product(RULES, JobState)):
+        job_id = _job_in(server, state, priority)
+        path = f"/v1/jobs/{job_id}"
+        before = server.client.get(path).json()
+        server.dispatcher.calls.clear()
+        answer = server.client.post(f"{path}/{action}")
+        after = server.client.get(path).json()
+        if state in RULES[action]:
+            assert (answer.status_code, answer.json()) == (200, after), (action, state)
+            assert after["state"] == RULES[action][state], (action, state)
+            assert server.dispatcher.calls == ([] if action == "resume" else [f"stop {job_id}"])
+        else:
+            assert f"{job_id} is {state}" in problem(answer, 409)["detail"]
+            assert after == before, (action, state)
+            assert server.dispatcher.calls == []
+
+
+@pytest.mark.parametrize("action", RULES)
+def test_an_unknown_job_changes_in_no_way(client: httpx.Client, problem: Problem, action: str) -> None:
+    problem(client.post(f"/v1/jobs/job_unknown/{action}"), 404)
+    problem(client.post(f"/v1/jobs/job_unknown/{action}?now=1"), 400, "/query/now")
+
+
+def test_a_paused_job_goes_on_where_it_was(searched: tuple[Server, str]) -> None:
+    server, job_id = searched
+    paused = server.client.post(f"/v1/jobs/{job_id}/pause").json()
+    assert paused["progress"]["trials"] == {
+        "pending": 1,
+        "running": 0,
+        "completed": 3,
+        "stopped": 0,
+        "failed": 0,
+    }
+    assert (paused["ended_at"], paused["hypervolume"]) == (None, 11500.0)
+    with pytest.raises(Fenced):
+        SqlTrialStore(server.database, job_id, 1).beat()
+    with server.database.write() as session:
+        assert JobRepository(session).claim_next(datetime.now(UTC), timedelta(seconds=1)) is None
+    server.client.post(f"/v1/jobs/{job_id}/resume")
+    store = server.claim()
+    assert [found.number for found in store.resume().trials if found.ending is None] == [3]
+    resumed = server.client.get(f"/v1/jobs/{job_id}").json()
+    assert (resumed["state"], resumed["started_at"]) == ("running", paused["started_at"])
 
 
 def test_failed_and_stopped_trials_are_counted_where_they_belong(server: Server) -> None:

@@ -9,7 +9,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from coterie.search.spec import JobSpec
-from tests.service.conftest import SPEC, Server
+from coterie.search.store import Role, Verdict, VerdictKind
+from coterie.service.storage.store import SqlTrialStore
+from tests.service.conftest import SPEC, Server, confirm
+from tests.service.side_runs import measure_affinities, use_references
 
 
 @pytest.fixture
@@ -69,6 +72,8 @@ def test_the_contracts_routes_are_there(document: dict[str, Any]) -> None:
             "GET /v1/jobs/{job_id}/front/history",
         ),
         *("GET /v1/jobs/{job_id}/best", "GET /v1/jobs/{job_id}/logs"),
+        *("POST /v1/jobs/{job_id}/pause", "POST /v1/jobs/{job_id}/resume"),
+        *("GET /v1/jobs/{job_id}/affinity", "GET /v1/jobs/{job_id}/references"),
         *("GET /v1/trials/{trial_id}", "GET /v1/trials/{trial_id}/measurements"),
         *("GET /v1/trials/{trial_id}/architecture", "GET /v1/trials/{trial_id}/model"),
         *("GET /v1/datasets", "GET /v1/families", "GET /v1/backbones", "GET /v1/metrics"),
@@ -100,10 +105,17 @@ def test_the_body_of_a_submission_is_a_job_spec(document: dict[str, Any]) -> Non
 
 def test_answers_are_as_the_document_says(searched: tuple[Server, str]) -> None:
     server, job_id = searched
+    store = SqlTrialStore(server.database, job_id, 1)
+    store.set_verdict(Verdict(kind=VerdictKind.APART, words="Learn them apart."))
+    for role in Role:
+        confirm(store, "trial_0", role, 1.0, 2.0, seed=0)
+    measure_affinities(store)
+    use_references(store)
     document = server.client.get("/openapi.json").json()
     for path in (
         *("/v1/jobs", f"/v1/jobs/{job_id}", f"/v1/jobs/{job_id}/trials", f"/v1/jobs/{job_id}/front"),
         *(f"/v1/jobs/{job_id}/front/history", f"/v1/jobs/{job_id}/best"),
+        *(f"/v1/jobs/{job_id}/affinity", f"/v1/jobs/{job_id}/references"),
         *("/v1/trials/trial_0", "/v1/trials/trial_3", "/v1/trials/trial_0/measurements"),
         *("/v1/datasets", "/v1/families", "/v1/backbones", "/v1/metrics", "/healthz", "/readyz"),
     ):

@@ -1,8 +1,11 @@
 from dataclasses import replace
+from typing import Any
 
 import httpx
 import pytest
 
+from coterie.search.store import Ending, TrialState
+from coterie.service.storage.store import SqlTrialStore
 from tests.service.conftest import Problem, Server, trial
 
 TRIAL_FIELDS = {
@@ -15,6 +18,7 @@ TRIAL_FIELDS = {
         "family",
         "backbone",
         "candidate",
+        "origin",
         "seed",
         "grouping",
         "values",
@@ -49,6 +53,7 @@ def test_a_completed_trial_shows_what_it_reached(searched: tuple[Server, str]) -
     assert found["tasks"] == {"left_parity": {"validation": {"error": 0.25}, "test": {"error": 0.5}}}
     assert (found["grouping"], found["epochs"], found["device_seconds"]) == ([["left_parity"]], 2, 2.0)
     assert (found["candidate"], found["seed"], found["worker"]) == ({"lr": 0.005}, 7, "host:2")
+    assert found["origin"] == "tpe"
     assert found["links"] == {
         "self": "/v1/trials/trial_0",
         "job": f"/v1/jobs/{job_id}",
@@ -86,6 +91,61 @@ def test_trials_are_filtered_by_state_and_family(searched: tuple[Server, str]) -
     assert _numbers(server.client.get(path, params={"state": "running"})) == [3]
     assert _numbers(server.client.get(path, params={"family": "dmtg"})) == [2]
     assert _numbers(server.client.get(path, params={"family": "dmtg", "state": "running"})) == []
+
+
+@pytest.fixture
+def stopped(searched: tuple[Server, str]) -> tuple[Server, str]:
+    """Of the job's trials one was stopped early, when it was better than every other in everything."""
+    server, job_id = searched
+    values = {"delta_m": 99.0, "macs": 1.0, "params": 1.0, "latency_ms": 0.1}
+    SqlTrialStore(server.database, job_id, 1).end_trial(
+        "trial_3",
+        Ending(
+            state=TrialState.STOPPED,
+            reason="at epoch 2 it was not among the best 1/3",
+            values=values,
+            epochs=2,
+            device_seconds=2.0,
+        ),
+        None,
+    )
+    return server, job_id
+
+
+def test_a_stopped_trial_shows_why_and_what_it_had_reached(stopped: tuple[Server, str]) -> None:
+    server, job_id = stopped
+    [found] = server.client.get(f"/v1/jobs/{job_id}/trials", params={"state": "stopped"}).json()["items"]
+    assert found == server.client.get("/v1/trials/trial_3").json()
+    assert (found["state"], found["reason"]) == ("stopped", "at epoch 2 it was not among the best 1/3")
+    assert (found["values"]["delta_m"], found["values"]["macs"], found["epochs"]) == (99.0, 1.0, 2)
+    assert (found["test"]["delta_m"], found["tasks"], found["on_front"]) == (None, {}, False)
+    assert (found["links"]["architecture"], found["links"]["model"]) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("path", "params"),
+    [
+        ("front", {}),
+        ("front", {"objectives": "delta_m,macs", "max_macs": "1e9"}),
+        ("front", {"objectives": "latency_ms"}),
+        ("front", {"feasible": "false", "objectives": "macs"}),
+        ("best", {}),
+        ("best", {"metric": "macs"}),
+        ("best", {"max_macs": "2"}),
+        ("front/history", {}),
+    ],
+)
+def test_a_stopped_trial_is_on_no_front_and_never_the_best(
+    stopped: tuple[Server, str], path: str, params: dict[str, Any]
+) -> None:
+    server, job_id = stopped
+    assert "trial_3" not in server.client.get(f"/v1/jobs/{job_id}/{path}", params=params).text
+
+
+@pytest.mark.parametrize("what", ["model", "architecture"])
+def test_a_stopped_trial_has_no_network(stopped: tuple[Server, str], problem: Problem, what: str) -> None:
+    document = problem(stopped[0].client.get(f"/v1/trials/trial_3/{what}"), 404)
+    assert "is stopped: only a completed trial" in document["detail"]
 
 
 def test_measurements_come_by_epoch(searched: tuple[Server, str]) -> None:
