@@ -2,14 +2,17 @@
 
 One declaration serves the sampler, the checks of a job's `space` and the JSON Schemas of `/v1/families`.
 A candidate is drawn by *walking* the space: each open dimension is put to a `choose` function, in a fixed
-order, and what it answers decides which dimensions follow. So the choices alone rebuild a candidate.
+order, and what it answers decides which dimensions follow. So the choices alone rebuild a candidate, and a
+candidate tells its choices.
 """
 
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from coterie.models.affinity import AFFINITY_LR
@@ -50,6 +53,23 @@ class Range:
     log: bool = False
     integer: bool = False
 
+    @property
+    def finite(self) -> bool:
+        """Whether it can be counted through."""
+        return self.integer or self.low == self.high
+
+    def share(self, value: float) -> float:
+        """Say how far a number is from `low`, 0, to `high`, 1, on the scale on which it is drawn."""
+        low, high, at = (math.log(n) if self.log else n for n in (self.low, self.high, value))
+        return (at - low) / (high - low)
+
+    def at(self, share: float) -> float:
+        """Give the number that is so far; the nearest one inside."""
+        low, high = (math.log(n) if self.log else n for n in (self.low, self.high))
+        found = low + share * (high - low)
+        found = min(max(math.exp(found) if self.log else found, self.low), self.high)
+        return round(found) if self.integer else found
+
 
 @dataclass(frozen=True, kw_only=True)
 class Dimension:
@@ -78,6 +98,7 @@ class Dimension:
 
 
 Choose = Callable[[str, Dimension], Value]
+Recall = Callable[[str, Dimension], Value | None]
 
 
 class SpaceError(ValueError):
@@ -412,20 +433,64 @@ class Space:
     gammas: Mapping[tuple[str, Value], tuple[Value, ...]] = field(default_factory=dict)
 
     def walk(self, choose: Choose) -> Candidate:
-        """Draw a candidate: `choose(name, dimension)` answers for each dimension of more than one value."""
+        """Draw a candidate: `choose(name, dimension)` answers for each dimension of more than one value.
+
+        A name always stands for the same domain. The families share those of the recipe and of the backbone's
+        sizes, but for a family that may take other values.
+        """
         family = str(_ask(choose, "family", _among("family", self.families)))
-        backbone = str(_ask(choose, f"{family}.backbone", _among("backbone", self.backbones)))
-        prefix = f"{family}.{backbone}"
+        backbone = str(_ask(choose, "backbone", _among("backbone", self.backbones)))
         parameters: dict[str, Any] = {}
-        for dimension in self.table[family, backbone].values():
-            if family in self.groupings and dimension.name in GIVEN_GROUPING[family]:
-                continue
+        for dimension in self._dimensions(family, backbone):
             name, fitted = self._fit(dimension, family, backbone, parameters)
-            parameters[dimension.name] = _ask(choose, f"{prefix}.{name}", fitted)
+            shared = self._shared.get((backbone, dimension.name)) == fitted.domain
+            full_name = f"{backbone}.{name}" if shared else f"{family}.{backbone}.{name}"
+            parameters[dimension.name] = _ask(choose, full_name, fitted)
         if family == "grouped" or family in self.groupings:
             grouping = self._choose_grouping(choose, family, parameters.pop("groups", None))
             parameters["grouping"] = grouping.names(self.tasks)
         return Candidate(family=family, backbone=backbone, parameters=parameters)
+
+    def recall(self, candidate: Candidate) -> Recall:
+        """Give what answers a walk as for `candidate`; None to what its parameters don't say."""
+        grouping = candidate.parameters.get("grouping")
+        labels: Mapping[str, Value] = {}
+        if grouping is not None:
+            found = Grouping.from_names(grouping, self.tasks)
+            names = [f"{candidate.family}.grouping.{task.name}" for task in self.tasks]
+            labels = dict(zip(names, found.labels, strict=True))
+            labels[f"{candidate.family}.grouping"] = json.dumps(found.labels)
+        told = {"family": candidate.family, "backbone": candidate.backbone, **candidate.parameters}
+        if grouping is not None:
+            told.setdefault("groups", len(grouping))
+
+        def answer(name: str, dimension: Dimension) -> Value | None:
+            return labels[name] if name in labels else told.get(dimension.name)
+
+        return answer
+
+    @property
+    def finite(self) -> bool:
+        """Whether there is an end to its candidates."""
+        return all(
+            isinstance(dimension.domain, Choices) or dimension.domain.finite
+            for family, backbone in self.table
+            for dimension in self._dimensions(family, backbone)
+        )
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Go through all candidates of a finite space, each once, always in the same order.
+
+        Raises:
+            ValueError: If the space is not finite.
+        """
+        if not self.finite:
+            raise ValueError("space: must be finite to be counted through, found ranges of real numbers")
+        places: list[int] | None = []
+        while places is not None:
+            odometer = _Odometer(places)
+            yield self.walk(odometer.choose)
+            places = odometer.next_places()
 
     def defaults(self) -> list[Mapping[str, Value]]:
         """The choices of each family's default candidate; `grouped` has no default partition, so none."""
@@ -440,6 +505,22 @@ class Space:
                 )
                 found.append(choices)
         return found
+
+    @cached_property
+    def _shared(self) -> dict[tuple[str, str], Choices | Range]:
+        """(backbone, name) -> the domain that most families have there, for what all of them have."""
+        found: dict[tuple[str, str], Counter[Choices | Range]] = {}
+        for (_, backbone), row in self.table.items():
+            for common in (*backbone_dimensions(backbone), *RECIPE):
+                domain = row[common.name].domain
+                if not _is_single(domain):
+                    found.setdefault((backbone, common.name), Counter())[domain] += 1
+        return {place: counts.most_common(1)[0][0] for place, counts in found.items()}
+
+    def _dimensions(self, family: str, backbone: str) -> Iterator[Dimension]:
+        """Those that are walked: a given partition says the groups."""
+        given = GIVEN_GROUPING[family] if family in self.groupings else ()
+        return (d for d in self.table[family, backbone].values() if d.name not in given)
 
     def _fit(
         self, dimension: Dimension, family: str, backbone: str, chosen: Mapping[str, Any]
@@ -647,13 +728,40 @@ def _only(dimension: Dimension, values: Sequence[Value]) -> Dimension:
     return replace(dimension, domain=Choices(tuple(values)))
 
 
+def _is_single(domain: Choices | Range) -> bool:
+    return len(domain.values) == 1 if isinstance(domain, Choices) else domain.low == domain.high
+
+
 def _ask(choose: Choose, name: str, dimension: Dimension) -> Value:
     domain = dimension.domain
+    if not _is_single(domain):
+        return choose(name, dimension)
     if isinstance(domain, Choices):
-        return domain.values[0] if len(domain.values) == 1 else choose(name, dimension)
-    if domain.low == domain.high:
-        return int(domain.low) if domain.integer else domain.low
-    return choose(name, dimension)
+        return domain.values[0]
+    return int(domain.low) if domain.integer else domain.low
+
+
+class _Odometer:
+    """Answers a walk by the place of each value in its domain, and counts on: the last answer turns first."""
+
+    def __init__(self, places: Sequence[int]) -> None:
+        self._given = iter(places)
+        self._taken: list[tuple[int, int]] = []  # place and number of values
+
+    def choose(self, name: str, dimension: Dimension) -> Value:
+        domain = dimension.domain
+        values = domain.values if isinstance(domain, Choices) else whole_values(domain)
+        place = next(self._given, 0)
+        self._taken.append((place, len(values)))
+        return values[place]
+
+    def next_places(self) -> list[int] | None:
+        """Those of the next walk; None after the last one."""
+        places = [place for place, _ in self._taken]
+        for index in reversed(range(len(places))):
+            if places[index] + 1 < self._taken[index][1]:
+                return [*places[:index], places[index] + 1]
+        return None
 
 
 def _check_split(family: str, backbone: str, table: Mapping[str, Dimension]) -> None:
@@ -673,7 +781,7 @@ def _check_sizes(
     input_shape: tuple[int, ...],
 ) -> None:
     """Check each size of a backbone on the job's input, and that its features suit the tasks' heads."""
-    for sizes in _size_choices(backbone, table):
+    for sizes in size_choices(backbone, table):
         try:
             built = BACKBONES[backbone](input_shape=input_shape, **sizes)
             for task in tasks:
@@ -685,7 +793,8 @@ def _check_sizes(
             ) from error
 
 
-def _size_choices(backbone: str, table: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
+def size_choices(backbone: str, table: Mapping[str, Dimension]) -> Iterator[dict[str, Any]]:
+    """Go through the sizes of a backbone that are tried."""
     names = list(BACKBONES[backbone].choices)
     domains = [table[name].domain for name in names]
     assert all(isinstance(domain, Choices) for domain in domains)
@@ -721,7 +830,7 @@ def _fitting_gammas(
         assert isinstance(gamma, Choices)
         assert isinstance(own_width, Choices)
         fits = False
-        for sizes in _size_choices(backbone, row):
+        for sizes in size_choices(backbone, row):
             built = BACKBONES[backbone](input_shape=input_shape, **sizes)
             found = []
             for value in gamma.values:

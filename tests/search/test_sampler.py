@@ -2,21 +2,25 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from types import MappingProxyType
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from coterie.models.tasks import Direction, TaskSet
 from coterie.search.front import feasible
-from coterie.search.sampler import OptunaSampler, derive_seed
+from coterie.search.sampler import OptunaSampler, derive_seed, key_of, population_for
 from coterie.search.space import Space, make_space
-from coterie.search.spec import EVERY_FAMILY, ConstraintSpec
+from coterie.search.spec import EVERY_FAMILY, ConstraintSpec, Domain
 from coterie.search.store import Candidate, Ending, Trial, TrialState
 
 OBJECTIVES = [("delta_m", Direction.MAXIMIZE), ("macs", Direction.MINIMIZE)]
 ALL = list(EVERY_FAMILY)
-POPULATION = 50  # of Optuna's NSGA-II
+TRIALS = 40  # of the jobs
+POPULATION = 8  # of NSGA-II in a job of so many trials
 
 # Optuna's own products of nearly singular matrices; nothing of ours.
 gp_warnings = pytest.mark.filterwarnings("ignore::RuntimeWarning:optuna")
@@ -52,13 +56,16 @@ class Search:
         objectives: Sequence[tuple[str, Direction]] = OBJECTIVES,
         constraints: Sequence[ConstraintSpec] = (),
         seed: int = 0,
+        wanted: Mapping[str, Mapping[str, Domain]] = MappingProxyType({}),
+        repeats: bool = False,
     ) -> None:
-        self.space: Space = make_space(families, ["mlp"], tasks, (12, 12), {})
+        self.space: Space = make_space(families, ["mlp"], tasks, (12, 12), wanted)
         self._settings = (name, self.space, objectives, constraints, seed)
+        self._repeats = repeats
 
     def sampler(self, told: Iterable[Trial] = ()) -> OptunaSampler:
         """A new one that has been told of these trials, as they come out of a database."""
-        sampler = OptunaSampler(*self._settings)
+        sampler = OptunaSampler(*self._settings, trials=TRIALS, repeats=self._repeats)
         for trial in told:
             sampler.tell(replace(trial, choices=json.loads(json.dumps(trial.choices))))
         return sampler
@@ -69,8 +76,12 @@ class Search:
 
 
 def ask(sampler: OptunaSampler, number: int) -> Trial:
-    candidate, choices = sampler.ask(number)
-    return Trial(id=f"trial_{number}", number=number, candidate=candidate, choices=choices, seed=number)
+    proposal = sampler.ask(number)
+    assert proposal is not None
+    candidate, choices, origin = proposal
+    return Trial(
+        id=f"trial_{number}", number=number, candidate=candidate, choices=choices, origin=origin, seed=number
+    )
 
 
 def end(sampler: OptunaSampler, trial: Trial, outcome: Outcome) -> Trial:
@@ -110,12 +121,12 @@ def test_a_rebuilt_nsga2_is_in_the_same_generation_with_the_same_parents(
     families: list[str], objectives: list[tuple[str, Direction]], outcome: Outcome, tasks: TaskSet
 ) -> None:
     search = Search(tasks, "nsga2", families, objectives)
-    trials = search.run(range(200), search.sampler(), outcome)
+    trials = search.run(range(60), search.sampler(), outcome)
     generations = [trial.choices.get("optuna", {}).get("NSGAIISampler:generation") for trial in trials]
     assert generations[-1] >= 2
     firsts = [generations.index(generation) for generation in range(1, generations[-1] + 1)]
-    stops = {0, 1, 3, 30, 199, *(first + step for first in firsts for step in (-1, 0, 1, 2, 20))}
-    for stop in sorted(stop for stop in stops if stop < 200):
+    stops = {0, 1, 3, 30, 59, *(first + step for first in firsts for step in (-1, 0, 1, 2))}
+    for stop in sorted(stop for stop in stops if stop < 60):
         assert ask(search.sampler(trials[:stop]), stop) == ask_of(trials[stop]), stop
 
 
@@ -129,7 +140,7 @@ def test_a_rebuilt_gp_proposes_what_the_first_one_did(families: list[str], tasks
 
 
 @pytest.mark.parametrize(
-    ("name", "families", "length"), [("tpe", ALL, 30), ("nsga2", ["dmtg"], 130), ("random", ALL, 20)]
+    ("name", "families", "length"), [("tpe", ALL, 30), ("nsga2", ["dmtg"], 40), ("random", ALL, 20)]
 )
 def test_a_search_that_is_restarted_again_and_again_goes_the_same_way(
     name: str, families: list[str], length: int, tasks: TaskSet
@@ -144,7 +155,7 @@ def test_a_search_that_is_restarted_again_and_again_goes_the_same_way(
 
 
 @pytest.mark.parametrize(
-    ("name", "families", "length"), [("tpe", ALL, 30), ("nsga2", ["dmtg"], 130), ("random", ALL, 20)]
+    ("name", "families", "length"), [("tpe", ALL, 30), ("nsga2", ["dmtg"], 40), ("random", ALL, 20)]
 )
 def test_a_trial_that_outlives_its_sampler_is_told_to_the_next_one(
     name: str, families: list[str], length: int, tasks: TaskSet
@@ -243,7 +254,7 @@ def test_tpe_learns_which_candidates_are_infeasible(
 def test_a_rebuilt_sampler_knows_what_was_infeasible(name: str, tasks: TaskSet) -> None:
     bounds = [ConstraintSpec(metric="params", max=60), ConstraintSpec(metric="macs", min=20, max=50)]
     search = Search(tasks, name, ["shared"], constraints=bounds)
-    length = {"gp": 12, "tpe": 25, "nsga2": 120}[name]
+    length = {"gp": 12, "tpe": 25, "nsga2": 40}[name]
     trials = search.run(range(length), search.sampler(), completed if name == "gp" else mixed)
     for stop in (2, length // 2, length - 1):
         assert ask(search.sampler(trials[:stop]), stop) == ask_of(trials[stop])
@@ -292,12 +303,95 @@ def test_derived_seeds_never_change_or_stored_jobs_would_go_on_differently() -> 
 
 def test_a_trial_from_before_a_dimension_was_added_had_it_at_its_default(tasks: TaskSet) -> None:
     search = Search(tasks, "tpe")
-    trials = search.run(range(20), search.sampler())
-    old = [
-        replace(
-            trial, choices={name: value for name, value in trial.choices.items() if "balancing" not in name}
-        )
-        for trial in trials
+    trials = [
+        with_parameter(trial, "balancing", "fixed") for trial in search.run(range(20), search.sampler())
     ]
-    assert [trial.choices for trial in old] != [trial.choices for trial in trials]
-    assert ask(search.sampler(old), 20).candidate.parameters
+    old = [without_parameter(trial, "balancing") for trial in trials]
+    assert ask(search.sampler(old), 20) == ask(search.sampler(trials), 20)
+
+
+def with_parameter(trial: Trial, name: str, value: object) -> Trial:
+    candidate = trial.candidate
+    return replace(trial, candidate=replace(candidate, parameters={**candidate.parameters, name: value}))
+
+
+def without_parameter(trial: Trial, name: str) -> Trial:
+    kept = {key: value for key, value in trial.candidate.parameters.items() if key != name}
+    return replace(trial, candidate=replace(trial.candidate, parameters=kept))
+
+
+def test_only_what_nsga2_must_know_is_kept_beside_the_candidate(tasks: TaskSet) -> None:
+    """Choices of older versions have other names, so candidates alone must do."""
+    for name in ("tpe", "nsga2", "random"):
+        search = Search(tasks, name)
+        for trial in search.run(range(20), search.sampler()):
+            assert set(trial.choices) <= ({"optuna"} if name == "nsga2" else set())
+
+
+# Duplicates
+
+TWELVE: dict[str, Domain] = {
+    "lr": [1e-3, 5e-3],
+    "weight_decay": 1e-6,
+    "batch_size": 64,
+    "balancing": "fixed",
+    "width": [8, 24, 96],
+    "depth": [1, 2],
+}
+
+
+@pytest.mark.parametrize("name", ["tpe", "nsga2", "random"])
+@pytest.mark.parametrize("side_by_side", [1, 3])
+def test_a_space_of_twelve_is_used_up_with_each_candidate_tried_once(
+    name: str, side_by_side: int, tasks: TaskSet
+) -> None:
+    search = Search(tasks, name, ["shared"], wanted={"shared": TWELVE})
+    sampler = search.sampler()
+    asked = [ask(sampler, number) for number in range(side_by_side)]
+    for number in range(side_by_side, 12):
+        end(sampler, asked[number - side_by_side], mixed)
+        asked.append(ask(sampler, number))
+    candidates = list(search.space.candidates())
+    assert len(candidates) == 12
+    assert sorted(map(key_of, candidates)) == sorted(key_of(trial.candidate) for trial in asked)
+    assert sampler.ask(12) is None
+    assert search.sampler(asked).ask(12) is None  # as a rebuilt one that is told what still runs
+
+
+def test_candidates_come_again_where_the_job_wants_repeats(tasks: TaskSet) -> None:
+    search = Search(tasks, "random", ["shared"], wanted={"shared": TWELVE}, repeats=True)
+    trials = search.run(range(20), search.sampler())
+    assert len({key_of(trial.candidate) for trial in trials}) < 12
+
+
+def test_a_candidate_that_failed_is_not_tried_again(tasks: TaskSet) -> None:
+    search = Search(tasks, "tpe", ["shared"], wanted={"shared": {**TWELVE, "lr": 1e-3, "depth": 1}})
+    sampler = search.sampler()
+    search.run(range(3), sampler, lambda _: Ending(state=TrialState.FAILED))
+    assert sampler.ask(3) is None
+
+
+@pytest.mark.parametrize("trials", [1, 10, 40, 1000, None])
+def test_nsga2_sees_generations_in_any_job_that_is_not_tiny(trials: int | None) -> None:
+    population = population_for(trials)
+    assert 2 <= population <= 50
+    if trials is not None and trials >= 20:
+        assert trials // population >= 5
+
+
+@given(data=st.data())
+@settings(max_examples=8)
+def test_what_is_asked_depends_on_what_was_told_and_not_on_when(data: st.DataObject, tasks: TaskSet) -> None:
+    """Trials end in any order; one that is rebuilt is told those that ended and those that run."""
+    search = Search(tasks, "tpe", objectives=data.draw(st.sampled_from([OBJECTIVES, OBJECTIVES[:1]])))
+    sampler = search.sampler()
+    running: list[Trial] = []
+    known: dict[int, Trial] = {}
+    for number in range(20):
+        known[number] = ask(sampler, number)
+        running.append(known[number])
+        while running and data.draw(st.booleans()):
+            trial = end(sampler, running.pop(data.draw(st.integers(0, len(running) - 1))), mixed)
+            known[trial.number] = trial
+    order = data.draw(st.permutations(sorted(known)))
+    assert search.sampler(known[number] for number in order).ask(20) == sampler.ask(20)

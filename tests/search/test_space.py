@@ -4,7 +4,8 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -89,41 +90,6 @@ def values_in(domain: Choices | Range) -> st.SearchStrategy[Value]:
     return st.floats(domain.low, domain.high)
 
 
-def every_walk(space: Space) -> Iterator[Candidate]:
-    """All candidates of a space whose open dimensions are finite, by counting through its choices."""
-    indices: list[int] = []
-    while True:
-        counter = _Counter(indices)
-        yield space.walk(counter.choose)
-        indices = counter.following()
-        if not indices:
-            return
-
-
-class _Counter:
-    """Answers by the indices given, then by the first values."""
-
-    def __init__(self, indices: list[int]) -> None:
-        self._given = iter(indices)
-        self._taken: list[tuple[int, int]] = []
-
-    def choose(self, name: str, dimension: Dimension) -> Value:
-        domain = dimension.domain
-        values = (
-            domain.values if isinstance(domain, Choices) else range(int(domain.low), int(domain.high) + 1)
-        )
-        index = next(self._given, 0)
-        self._taken.append((index, len(values)))
-        return values[index]
-
-    def following(self) -> list[int]:
-        """The indices after these, as an odometer counts; empty after the last ones."""
-        while self._taken and self._taken[-1][0] + 1 == self._taken[-1][1]:
-            self._taken.pop()
-        indices = [index for index, _ in self._taken]
-        return [*indices[:-1], indices[-1] + 1] if indices else []
-
-
 @given(
     data=st.data(),
     tasks=st.integers(2, 10),
@@ -150,6 +116,120 @@ def test_the_choices_alone_rebuild_a_candidate_even_after_json(data: st.DataObje
     candidate = whole.walk(note)
     recalled = json.loads(json.dumps(choices))
     assert whole.walk(recall(recalled)) == candidate
+
+
+@given(data=st.data(), tasks=st.integers(2, 6), given_groups=st.booleans())
+def test_a_candidate_tells_its_choices(data: st.DataObject, tasks: int, given_groups: bool) -> None:
+    """As a sampler needs them that is rebuilt from stored candidates."""
+    names = list("abcdef"[:tasks])
+    wanted: Wanted = {"grouped": {"grouping": [[names], [[name] for name in names]]}} if given_groups else {}
+    whole = space(EVERY, wanted, tasks)
+    choices: dict[str, Value] = {}
+    choose = drawn(data)
+
+    def note(name: str, dimension: Dimension) -> Value:
+        return choices.setdefault(name, choose(name, dimension))
+
+    candidate = whole.walk(note)
+    stored = replace(candidate, parameters=json.loads(json.dumps(dict(candidate.parameters))))
+    answer = whole.recall(stored)
+    told: dict[str, Value | None] = {}
+
+    def tell(name: str, dimension: Dimension) -> Value:
+        told[name] = answer(name, dimension)
+        return choices[name]
+
+    whole.walk(tell)
+    assert told == choices
+
+
+def test_what_a_candidate_does_not_say_is_left_open() -> None:
+    answer = space(["shared"]).recall(Candidate(family="shared", backbone="mlp", parameters={"width": 24}))
+    known = dimensions("shared", "mlp", 4)
+    assert answer("mlp.width", known["width"]) == 24
+    assert answer("mlp.lr", known["lr"]) is None
+
+
+# What families share
+
+
+def asked_names(space: Space, family: str) -> dict[str, Choices | Range]:
+    found: dict[str, Choices | Range] = {}
+
+    def note(name: str, dimension: Dimension) -> Value:
+        found[name] = dimension.domain
+        return family if name == "family" else default_of(dimension)
+
+    space.walk(note)
+    return found
+
+
+def test_families_share_the_names_of_recipe_and_sizes() -> None:
+    whole = space(["shared", "dmtg", "interrogate"])
+    common = {f"mlp.{name}" for name in ("width", "depth", *(part.name for part in RECIPE))}
+    for family in whole.families:
+        assert common <= set(asked_names(whole, family))
+
+
+def test_a_family_that_takes_other_values_has_a_name_of_its_own() -> None:
+    whole = space(["shared", "dmtg", "interrogate"], {"dmtg": {"lr": [1e-3, 1e-2], "split": [1]}})
+    names = set(asked_names(whole, "dmtg"))
+    assert {"dmtg.mlp.lr", "dmtg.mlp.depth", "mlp.width"} <= names
+    assert not names & {"mlp.lr", "mlp.depth"}
+    assert {"mlp.lr", "mlp.depth"} <= set(asked_names(whole, "shared"))
+
+
+def test_families_narrowed_alike_share_what_is_left() -> None:
+    lr: dict[str, Domain] = {"lr": Interval(low=1e-3, high=1e-2)}
+    whole = space(["shared", "dmtg", "interrogate"], {"shared": lr, "dmtg": lr})
+    assert asked_names(whole, "shared")["mlp.lr"] == asked_names(whole, "dmtg")["mlp.lr"]
+    assert "interrogate.mlp.lr" in asked_names(whole, "interrogate")
+
+
+@given(data=st.data(), tasks=st.integers(2, 8))
+def test_a_name_always_stands_for_the_same_domain(data: st.DataObject, tasks: int) -> None:
+    wanted: Wanted = {"shared": {"width": [8, 24]}, "dmtg": {"width": [8, 24], "depth": [2, 3]}}
+    whole = make_space(EVERY, ["mlp"], tasks_of(tasks), INPUT_SHAPE, wanted)
+    domains: dict[str, Choices | Range] = {}
+    choose = drawn(data)
+
+    def check(name: str, dimension: Dimension) -> Value:
+        if ".grouping" not in name:  # whose ranges Optuna lets vary
+            assert domains.setdefault(name, dimension.domain) == dimension.domain
+        return choose(name, dimension)
+
+    for _ in range(3):
+        whole.walk(check)
+
+
+# Counting
+
+
+def test_a_finite_space_is_counted_through_once_in_a_fixed_order() -> None:
+    wanted: dict[str, Domain] = {**FIXED_RECIPE, "width": [8, 24], "depth": [1, 2]}
+    small = space(["shared", "grouped"], {"shared": wanted, "grouped": {**wanted, "groups": 2}}, tasks=3)
+    found = list(small.candidates())
+    # 4 of shared; 3 partitions into two of grouped, for each width with depth 1, and depth 2 with two splits
+    assert len(found) == 4 + 3 * 2 * (1 + 2)
+    assert len({repr(candidate) for candidate in found}) == len(found)
+    assert found == list(small.candidates())
+
+
+def test_a_space_with_ranges_of_real_numbers_has_no_end() -> None:
+    assert not space(["shared"]).finite
+    with pytest.raises(ValueError, match="must be finite"):
+        next(space(["shared"]).candidates())
+    assert space(["shared"], {"shared": {"lr": 1e-3, "weight_decay": 1e-6}}).finite
+
+
+@given(data=st.data(), share=st.floats(0, 1))
+def test_places_on_a_scale_are_found_again(data: st.DataObject, share: float) -> None:
+    log = data.draw(st.booleans())
+    scale = Range(1e-4, 3e-2, log=True) if log else Range(-2.0, 5.0)
+    assert scale.share(scale.at(share)) == pytest.approx(share, abs=1e-9)
+    assert scale.at(-1) == pytest.approx(scale.low)
+    assert scale.at(2) == pytest.approx(scale.high)
+    assert type(Range(0, 4, integer=True).at(share)) is int
 
 
 @given(data=st.data(), tasks=st.integers(2, 6), groups=st.integers(2, 6))
@@ -181,7 +261,7 @@ def test_the_walk_meets_every_partition_exactly_once(tasks: int) -> None:
     fixed = {**FIXED_RECIPE, "width": 8, "depth": 1}
     for groups, number in STIRLING[tasks].items():
         only_groupings = space(["grouped"], {"grouped": {**fixed, "groups": groups}}, tasks)
-        walks = list(every_walk(only_groupings))
+        walks = list(only_groupings.candidates())
         partitions = Counter(json.dumps(candidate.parameters["grouping"]) for candidate in walks)
         assert len(partitions) == number
         assert set(partitions.values()) == {1}
@@ -190,7 +270,7 @@ def test_the_walk_meets_every_partition_exactly_once(tasks: int) -> None:
 
 def test_the_groups_of_a_partition_are_open_where_the_job_leaves_them_open() -> None:
     fixed = {**FIXED_RECIPE, "width": 8, "depth": 1}
-    walks = every_walk(space(["grouped"], {"grouped": {**fixed, "groups": [2, 4]}}, tasks=4))
+    walks = space(["grouped"], {"grouped": {**fixed, "groups": [2, 4]}}, tasks=4).candidates()
     assert Counter(len(candidate.parameters["grouping"]) for candidate in walks) == {2: 7, 4: 1}
 
 
@@ -302,7 +382,7 @@ def test_at_least_one_unit_always_follows_the_split(data: st.DataObject, family:
 
 def test_a_deep_split_leaves_only_depths_beyond_it() -> None:
     wanted = {**FIXED_RECIPE, "width": 8, "groups": 2, "split": 1}
-    walks = every_walk(space(["grouped"], {"grouped": wanted}, tasks=2))
+    walks = space(["grouped"], {"grouped": wanted}, tasks=2).candidates()
     depths = {candidate.parameters["depth"] for candidate in walks}
     assert depths == {2, 3}
 
@@ -623,7 +703,7 @@ def routed_widths(**wanted: Domain) -> dict[Value, set[Value]]:
     """Which values of gamma are met at each width, with 10 tasks."""
     found: dict[Value, set[Value]] = {}
     wanted = {**FIXED_RECIPE, "depth": 1, **wanted}
-    for candidate in every_walk(space(["etr_nlp"], {"etr_nlp": wanted}, tasks=10)):
+    for candidate in space(["etr_nlp"], {"etr_nlp": wanted}, tasks=10).candidates():
         found.setdefault(candidate.parameters["width"], set()).add(candidate.parameters["gamma"])
     return found
 
