@@ -11,12 +11,16 @@ never read, since the store is the only truth. Facts about Ray that shape this f
 - A report comes before Tune's checkpoint. Ours is written before the report and holds the latest ones, so a
   kill repeats no epoch and leaves no gap.
 - Searcher, scheduler and callback get pickled by Tune; they have nothing to say there.
+- Side runs and confirming runs are trials to Tune, so it places them as it places candidates.
 """
 
+import itertools
 import logging
 import os
+import tempfile
+import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -27,45 +31,108 @@ from ray import tune
 from ray.tune import Callback, CheckpointConfig, RunConfig, TuneConfig, Tuner
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
+from ray.tune.stopper import Stopper
 
 from coterie.models.tasks import Task, TaskSet
 from coterie.search.baselines import (
     make_reference_point,
     make_yardstick,
-    yardstick_candidate,
-    yardstick_keys,
+    needed_references,
+    own_width_keys,
+    reference_candidate,
+    side_setting,
 )
 from coterie.search.budget import Ledger
-from coterie.search.controller import REASON_LENGTH, SearchController
+from coterie.search.controller import REASON_LENGTH, Order, SearchController
 from coterie.search.data.base import Dataset
 from coterie.search.objective import Yardstick
-from coterie.search.plan import Plan
+from coterie.search.plan import Plan, make_plan
 from coterie.search.recorder import Recorder
-from coterie.search.spec import ResourcesSpec
+from coterie.search.result import SearchResult
+from coterie.search.sampler import Sampler, make_sampler
+from coterie.search.scheduler import make_scheduler
+from coterie.search.spec import JobSpec, ResourcesSpec
 from coterie.search.store import (
+    AffinityResult,
     ArtifactStore,
     Candidate,
     Ending,
+    FolderArtifacts,
+    InMemoryStore,
     JobState,
     Measurement,
     Reference,
     ReferenceKey,
+    SubsetResult,
     TrialState,
     TrialStore,
 )
+from coterie.search.subsets import run_affinity, run_subsets
 from coterie.search.trial import Assignment, Training, make_bench, train_reference
+from coterie.search.work import SideRun, SubsetRun
 
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
+LONGEST_SILENCE = 30.0  # behind a job's last second: seconds in which what runs must report, or it is ended
 
 
 class BudgetSpent(Exception):
     """The job's budget was spent before its yardstick was trained."""
 
 
-def run_search(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobState, str | None]:
-    """Run a job, or go on with it, to its end; Ray must be initialised.
+def run_search(spec: JobSpec | Mapping[str, Any], folder: Path | None = None) -> SearchResult:
+    """Run a job in this process, without a server; the same spec gives the same results as there.
+
+    Where Ray is not initialised it is started on this machine for the search, and ended behind it.
+
+    Args:
+        spec: The job; a mapping is checked as a server would.
+        folder: Where the networks go, by default a temporary folder that is never deleted by Coterie. Nothing
+            else is kept there.
+
+    Raises:
+        pydantic.ValidationError: If a mapping breaks the schema.
+        SpecError: If the spec asks for what does not exist or cannot be.
+
+    Example:
+        result = run_search({"dataset": {"source": "digits"}, "budget": {"trials": 20}})
+        best = result.best("delta_m", max_macs=10_000)
+        network = result.load(best)
+    """
+    plan = make_plan(spec if isinstance(spec, JobSpec) else JobSpec.model_validate(spec))
+    artifacts = FolderArtifacts(Path(tempfile.mkdtemp(prefix="coterie-") if folder is None else folder))
+    store = InMemoryStore()
+    with _local_ray():
+        drive(plan, store, artifacts)
+    return SearchResult.read(plan, store, artifacts)
+
+
+@contextmanager
+def _local_ray() -> Iterator[None]:
+    """A Ray of our own on loopback, unless there is one already."""
+    if ray.is_initialized():
+        yield
+        return
+    before = dict(os.environ)
+    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
+    try:
+        ray.init(
+            address="local",  # never another's: without an address Ray attaches to any on the host
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.WARNING,
+            _node_ip_address="127.0.0.1",
+        )
+        yield
+    finally:
+        ray.shutdown()
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def drive(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobState, str | None]:
+    """Run a job, or go on with it, to its end in `store`; Ray must be initialised.
 
     Args:
         plan: What to search.
@@ -79,7 +146,8 @@ def run_search(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple
         Fenced: If a newer attempt has begun, or the job was cancelled: nothing more was written.
     """
     resumed = store.resume()
-    ledger = Ledger(plan.spec.budget, resumed)
+    concurrent = _concurrency(plan.spec.budget.concurrent, plan)
+    ledger = Ledger(plan.spec.budget, resumed, devices=concurrent * plan.devices)
     data = plan.source.load(plan.options)
     data_ref = ray.put(data)
     with Recorder(store) as recorder:
@@ -94,14 +162,18 @@ def run_search(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple
                 point = make_reference_point(plan, yardstick)
                 fixed = dict(point)
                 recorder.write(lambda store: store.set_reference_point(fixed))
+            scheduler = make_scheduler(plan.spec.search.scheduler, plan.objectives, plan.spec.budget.epochs)
             controller = SearchController(
                 plan,
                 resumed,
+                store.measurements_at(scheduler.rungs),
                 recorder,
                 artifacts,
                 ledger,
+                _make_sampler(plan, yardstick, store, recorder),
+                scheduler,
                 point,
-                _concurrency(plan.spec.budget.concurrent, plan),
+                concurrent,
             )
             _tune(plan, controller, artifacts, data_ref, yardstick)
             ending = controller.verdict()
@@ -109,6 +181,19 @@ def run_search(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple
         recorder.flush()
     artifacts.drop_working_files()
     return ending
+
+
+def _make_sampler(plan: Plan, yardstick: Yardstick, store: TrialStore, recorder: Recorder) -> Sampler:
+    """The job's sampler, with what is known of its tasks already."""
+    setting = side_setting(plan)
+    recorder.write(lambda store: store.use_setting(setting))
+    sampler = make_sampler(plan, yardstick)
+    known = store.find_subsets(setting)
+    if known:
+        sampler.learn(known)
+    for result in store.find_affinities(setting):
+        sampler.learn_affinity(result)
+    return sampler
 
 
 def _concurrency(wanted: int | None, plan: Plan) -> int:
@@ -126,14 +211,13 @@ def _concurrency(wanted: int | None, plan: Plan) -> int:
 def _measure_yardstick(
     plan: Plan, store: TrialStore, recorder: Recorder, ledger: Ledger, data: "ray.ObjectRef[Dataset]"
 ) -> Yardstick:
-    keys = yardstick_keys(plan)
-    found = store.find_references(keys)
+    keys = needed_references(plan)
+    found = store.find_references([*keys, *itertools.chain(*own_width_keys(plan).values())])
     wish = plan.spec.resources
     train = ray.remote(_train_reference).options(num_cpus=wish.cpus, num_gpus=wish.gpus)
     tasks = {task.name: task for task in plan.tasks}
-    candidate = yardstick_candidate(plan)
     waiting: dict[Any, ReferenceKey] = {
-        train.remote(tasks[key.task], candidate, key.seed, key.epochs, data, wish): key
+        train.remote(tasks[key.task], reference_candidate(key), key.seed, key.epochs, data, wish): key
         for key in keys
         if key not in found
     }
@@ -147,8 +231,10 @@ def _measure_yardstick(
         for ref in done:
             key, reference = waiting.pop(ref), ray.get(ref)
             found[key] = reference
-            ledger.charge_reference(reference.device_seconds)
+            ledger.charge_side("reference", reference.device_seconds)
             recorder.write(partial(_add_reference, key=key, reference=reference))
+    used = list(found)
+    recorder.write(lambda store: store.use_references(used))
     return make_yardstick(plan, found)
 
 
@@ -196,12 +282,14 @@ def _tune(
                 name="tune",
                 storage_path=str(artifacts.scratch()),
                 callbacks=[_Events(relay)],
+                stop=_OutOfTime(relay),
                 checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
                 verbose=0,
             ),
         ).fit()
     if relay.error is not None:
         raise relay.error
+    controller.end_what_runs()
 
 
 @contextmanager
@@ -222,7 +310,7 @@ def _quiet_tune() -> Iterator[None]:
 
 
 class TrialActor(tune.Trainable):
-    """The process that trains; each call of `step` is one epoch."""
+    """The process that trains; each call of `step` is one epoch, or a whole side run."""
 
     def setup(self, config: dict[str, Any], context: dict[str, Any] | None = None) -> None:
         """Put the job's data on the device, then take the first assignment."""
@@ -239,8 +327,8 @@ class TrialActor(tune.Trainable):
         """Take the next assignment, from its checkpoint where there is one."""
         if self._unusable:
             os._exit(1)  # the trial starts again in a new process
-        self._assignment: Assignment = new_config["assignment"]
-        self._checkpoints = self._artifacts.checkpoint_folder(self._assignment.trial_id)
+        self._order: Order = new_config["order"]
+        self._checkpoints = self._artifacts.checkpoint_folder(self._order.id)
         self._training: Training | None = None
         self._unreported: deque[Measurement] = deque()
         return True
@@ -250,10 +338,13 @@ class TrialActor(tune.Trainable):
 
         What a candidate raises is its ending, so that an error that reaches Tune always means a dead process.
         """
+        work = self._order.work
+        if not isinstance(work, Assignment):
+            return self._run_aside(work)
         try:
-            return self._advance()
+            return self._advance(work)
         except Exception as error:
-            logger.exception("trial %s failed", self._assignment.trial_id)
+            logger.exception("%s failed", self._order.id)
             self._unusable = self._bench.device.type == "cuda"  # an error there can break the whole process
             training = self._training
             ending = Ending(
@@ -264,11 +355,11 @@ class TrialActor(tune.Trainable):
             )
             return {"measurement": None, "ending": ending, "done": True}
 
-    def _advance(self) -> dict[str, Any]:
+    def _advance(self, assignment: Assignment) -> dict[str, Any]:
         if self._training is None:
-            self._training = Training(self._assignment, self._bench, self._yardstick)
+            self._training = Training(assignment, self._bench, self._yardstick)
             found = self._training.restore(self._checkpoints)
-            self._unreported.extend(m for m in found if m.epoch > self._assignment.recorded)
+            self._unreported.extend(m for m in found if m.epoch > assignment.recorded)
         training = self._training
         if self._unreported:
             return {"measurement": self._unreported.popleft(), "ending": None, "done": False}
@@ -276,9 +367,39 @@ class TrialActor(tune.Trainable):
         report: dict[str, Any] = {"measurement": measurement, "ending": None, "done": training.done}
         if not training.done:  # the last epoch's checkpoint would be deleted at once
             training.save(self._checkpoints)
+        elif assignment.confirms:
+            folder = self._artifacts.scratch() / self._order.id
+            folder.mkdir(exist_ok=True)
+            report["ending"] = training.finish(folder)
         else:
-            report["ending"] = training.finish(self._artifacts.trial_folder(self._assignment.trial_id))
+            report["ending"] = training.finish(self._artifacts.trial_folder(self._order.id))
         return report
+
+    def _run_aside(self, run: SideRun) -> dict[str, Any]:
+        began, limit = time.perf_counter(), self._order.seconds
+
+        def check() -> None:
+            if limit is not None and time.perf_counter() - began >= limit:
+                raise BudgetSpent
+
+        outcome: Sequence[SubsetResult] | AffinityResult | None = None
+        try:
+            if isinstance(run, SubsetRun):
+                outcome = run_subsets(run, self._bench, check)
+            else:
+                outcome = run_affinity(run, self._bench, check)
+        except BudgetSpent:
+            logger.info("%s: no time was left for it", self._order.id)
+        except Exception:  # the search goes on without it
+            logger.exception("%s failed", self._order.id)
+            self._unusable = self._bench.device.type == "cuda"
+        return {
+            "measurement": None,
+            "ending": None,
+            "outcome": outcome,
+            "device_seconds": (time.perf_counter() - began) * self._bench.devices,
+            "done": True,
+        }
 
 
 class _Relay:
@@ -290,7 +411,7 @@ class _Relay:
 
     def __init__(self, controller: SearchController) -> None:
         self.controller = controller
-        self.ours: dict[str, str] = {}
+        self.ours: dict[str, Order] = {}
         self.error: BaseException | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -312,10 +433,10 @@ class _Suggestions(Searcher):
     def suggest(self, trial_id: str) -> Any:
         with self._relay.guard():
             if self._relay.error is None:
-                assignment = self._relay.controller.suggest()
-                if assignment is not None:
-                    self._relay.ours[trial_id] = assignment.trial_id
-                    return {"assignment": assignment}
+                order = self._relay.controller.suggest()
+                if order is not None:
+                    self._relay.ours[trial_id] = order
+                    return {"order": order}
                 if not self._relay.controller.over:
                     return None
         return Searcher.FINISHED
@@ -340,10 +461,23 @@ class _Stops(FIFOScheduler):
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
         relay, go_on = self._relay, False
         with relay.guard():
-            go_on = relay.controller.measured(relay.ours[trial.trial_id], result["measurement"])
+            go_on = relay.controller.measured(relay.ours[trial.trial_id].id, result["measurement"])
         if go_on and relay.error is None:
             return str(TrialScheduler.CONTINUE)
         return str(TrialScheduler.STOP)
+
+
+class _OutOfTime(Stopper):
+    """Ends what has not reported since long after the job's last second."""
+
+    def __init__(self, relay: _Relay) -> None:
+        self._relay = relay
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._relay.error is None and self._relay.controller.overdue > LONGEST_SILENCE
 
 
 class _Events(Callback):
@@ -352,7 +486,7 @@ class _Events(Callback):
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         with self._relay.guard():
-            self._relay.controller.started(self._relay.ours[trial.trial_id])
+            self._relay.controller.started(self._relay.ours[trial.trial_id].id)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
@@ -360,19 +494,20 @@ class _Events(Callback):
         # Tune asks the scheduler only about trials that go on: the last report is recorded here.
         if result["ending"] is not None and result["measurement"] is not None:
             with self._relay.guard():
-                self._relay.controller.measured(self._relay.ours[trial.trial_id], result["measurement"])
+                self._relay.controller.measured(self._relay.ours[trial.trial_id].id, result["measurement"])
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         relay = self._relay
         if relay.error is not None:
             return
         with relay.guard():
-            ending: Ending | None = trial.last_result["ending"]
-            trial_id = relay.ours.pop(trial.trial_id)
-            if ending is not None:
-                relay.controller.ended(trial_id, ending)
+            order, result = relay.ours.pop(trial.trial_id), trial.last_result
+            if not isinstance(order.work, Assignment):
+                relay.controller.learned(order.id, result["outcome"], result["device_seconds"])
+            elif result["ending"] is not None:
+                relay.controller.ended(order.id, result["ending"])
             else:
-                relay.controller.stopped(trial_id)
+                relay.controller.stopped(order.id)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         relay = self._relay
@@ -380,4 +515,6 @@ class _Events(Callback):
             return
         with relay.guard():
             lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
-            relay.controller.crashed(relay.ours.pop(trial.trial_id), lines[-1] if lines else "no word of why")
+            relay.controller.crashed(
+                relay.ours.pop(trial.trial_id).id, lines[-1] if lines else "no word of why"
+            )

@@ -41,11 +41,11 @@ class Scheduler:
     """Lets the best `1/eta` of a rung go on, judged when a trial gets there (Schmucker et al. 2021).
 
     MO-ASHA, arXiv 2106.12639, as a stopping rule: of the n trials that are recorded at a rung, the one that
-    reports included, `ceil(n / eta)` go on; while they are fewer than eta, all do. They are those of the lowest non-dominated rank. In the rank that
-    does not go on as a whole they are taken in the order of an epsilon-net: first the best one by the first
-    criterion, then always the one farthest from all that are taken, in criteria scaled to the rung's range.
-    Equally far ones come in the order of their values, equal ones in that of their numbers. With one
-    criterion this is ASHA (Li et al. 2020, arXiv 1810.05934).
+    reports included, `ceil(n / eta)` go on; while they are fewer than eta, all do. They are those of the
+    lowest non-dominated rank. In the rank that does not go on as a whole they are taken in the order of an
+    epsilon-net: first the best one by the first criterion, then always the one farthest from all that are
+    taken, in criteria scaled to the rung's range. Equally far ones come in the order of their values, equal
+    ones in that of their numbers. With one criterion this is ASHA (Li et al. 2020, arXiv 1810.05934).
 
     A trial with a criterion that is not finite comes after all others. A decision follows from what is
     recorded at the rung, in whatever order it came.

@@ -129,8 +129,8 @@ class SamplerSpec(_Part):
 
     name: Literal["coterie", "tpe", "nsga2", "gp", "random"] = Field(
         default="coterie",
-        description="coterie: baselines first, then groupings that follow from measured subsets of the tasks, "
-        "mixed with tpe's candidates. tpe, nsga2, gp and random are Optuna's.",
+        description="coterie: baselines, then groupings that follow from measured subsets of the tasks, "
+        "and what a model of the trials promises. tpe, nsga2, gp and random are Optuna's.",
     )
 
 

@@ -9,6 +9,7 @@ import os
 import pickle
 import signal
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -21,7 +22,7 @@ from coterie.models.tasks import KIND_METRICS, TaskKind
 from coterie.search import runner
 from coterie.search.baselines import yardstick_keys
 from coterie.search.plan import Plan, make_plan
-from coterie.search.runner import TrialActor, run_search
+from coterie.search.runner import TrialActor, drive
 from coterie.search.space import Choices
 from coterie.search.spec import JobSpec
 from coterie.search.store import FolderArtifacts, InMemoryStore, Measurement, Reference, ReferenceKey
@@ -77,7 +78,7 @@ def referenced(plan: Plan) -> Witness:
 def run(plan: Plan, store: Witness, folder: Path) -> Outcome:
     error = None
     try:
-        run_search(plan, store, FolderArtifacts(folder))
+        drive(plan, store, FolderArtifacts(folder))
     except Exception as found:
         error = type(found).__name__
     return {
@@ -91,6 +92,12 @@ def run(plan: Plan, store: Witness, folder: Path) -> Outcome:
         "references_trained": store.references_trained,
         "most_unfinished": store.most_unfinished,
         "reference_point": store.resume().reference_point,
+        "side_device_seconds": store.resume().side_device_seconds,
+        "subsets": store.subsets,
+        "affinities": store.affinities,
+        "confirmations": store.confirmations,
+        "verdict": store.verdict,
+        "estimate": store.estimate,
     }
 
 
@@ -122,7 +129,7 @@ class DiesInReset(TrialActor):
     """A trial's process that is killed while it takes up its second trial, once."""
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        is_reset = hasattr(self, "_assignment")  # and not the first assignment, which setup takes
+        is_reset = hasattr(self, "_order")  # and not the first assignment, which setup takes
         taken = super().reset_config(new_config)
         died = self._artifacts.root / "died"
         if is_reset and not died.exists():
@@ -174,6 +181,41 @@ def out_of_time(folder: Path) -> list[Outcome]:
     """More epochs than fit into the job's seconds."""
     plan = plan_of(budget={"seconds": 5, "epochs": 10_000, "concurrent": 1})
     return [run(plan, referenced(plan), folder / "out_of_time")]
+
+
+class Silent(TrialActor):
+    """A trial's process that never reports its third epoch."""
+
+    def step(self) -> dict[str, Any]:
+        if self._training is not None and self._training.epoch == 2:
+            time.sleep(600)
+        return super().step()
+
+
+def silent(folder: Path) -> list[Outcome]:
+    """A trial hangs, and the job's seconds pass."""
+    plan = plan_of(budget={"seconds": 4, "epochs": 10_000, "concurrent": 1})
+    runner.TrialActor, whole = Silent, runner.TrialActor  # type: ignore[misc]
+    runner.LONGEST_SILENCE, before = 2.0, runner.LONGEST_SILENCE
+    try:
+        return [run(plan, referenced(plan), folder / "silent")]
+    finally:
+        runner.TrialActor = whole  # type: ignore[misc]
+        runner.LONGEST_SILENCE = before
+
+
+def learning(folder: Path) -> list[Outcome]:
+    """With side runs, rungs and confirming runs."""
+    plan = plan_of(
+        tasks=[],
+        budget={"trials": 10, "epochs": 6, "concurrent": 2},
+        search={
+            "families": ["single", "shared", "grouped"],
+            "scheduler": {"name": "pareto_asha", "grace_epochs": 2},
+        },
+        confirm={"top": 1, "seeds": 2},
+    )
+    return [run(plan, referenced(plan), folder / "learning")]
 
 
 def out_of_time_for_references(folder: Path) -> list[Outcome]:

@@ -1,5 +1,6 @@
 """The ledger: what counts against which limit, over all attempts at a job."""
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -10,7 +11,7 @@ from coterie.search.budget import Ledger
 from coterie.search.spec import BudgetSpec
 from coterie.search.store import Candidate, Ending, InMemoryStore, Resumed, Trial, TrialState
 
-NOTHING = Resumed(trials=[], seconds=0.0, reference_device_seconds=0.0, reference_point=None)
+NOTHING = Resumed(trials=[], seconds=0.0, side_device_seconds=0.0, reference_point=None)
 COUNTED = (TrialState.COMPLETED, TrialState.STOPPED)
 
 
@@ -101,7 +102,7 @@ def test_a_job_may_bear_no_failure_at_all() -> None:
 
 
 def test_seconds_stop_everything_when_they_have_passed(clock: Clock) -> None:
-    ledger = Ledger(budget(seconds=60), NOTHING, clock)
+    ledger = Ledger(budget(seconds=60), NOTHING, clock=clock)
     clock.now += 59.9
     assert ledger.spent() is None
     assert ledger.may_start(0)
@@ -111,14 +112,14 @@ def test_seconds_stop_everything_when_they_have_passed(clock: Clock) -> None:
 
 
 def test_time_in_which_no_attempt_ran_is_not_charged(clock: Clock) -> None:
-    first = Ledger(budget(seconds=60), NOTHING, clock)
+    first = Ledger(budget(seconds=60), NOTHING, clock=clock)
     clock.now += 25
     used = first.seconds
     clock.now += 10_000  # nobody runs it
     second = Ledger(
         budget(seconds=60),
-        Resumed(trials=[], seconds=used, reference_device_seconds=0.0, reference_point=None),
-        clock,
+        Resumed(trials=[], seconds=used, side_device_seconds=0.0, reference_point=None),
+        clock=clock,
     )
     assert second.seconds == 25
     clock.now += 34.9
@@ -127,10 +128,11 @@ def test_time_in_which_no_attempt_ran_is_not_charged(clock: Clock) -> None:
     assert second.spent() is not None
 
 
-def test_device_seconds_are_those_of_references_ended_and_running_trials() -> None:
+def test_device_seconds_are_those_of_side_runs_ended_and_running_trials() -> None:
     ledger = Ledger(budget(trials=None, device_seconds=100), NOTHING)
-    ledger.charge_reference(10)
-    ledger.charge_reference(5)
+    ledger.charge_side("a reference", 10)
+    ledger.charge("a subset run", 2)
+    ledger.charge_side("a subset run", 5)
     ledger.charge("a", 3)
     ledger.charge("a", 7)  # what it has cost so far, not once more
     ledger.charge("b", 20)
@@ -161,7 +163,7 @@ def test_a_resumed_ledger_goes_on_where_the_last_one_stopped() -> None:
             trial(3, device_seconds=5),
         ],
         seconds=12.0,
-        reference_device_seconds=7.0,
+        side_device_seconds=7.0,
         reference_point=None,
     )
     ledger = Ledger(budget(trials=4, failures=1), resumed)
@@ -189,9 +191,101 @@ def test_a_ledger_rebuilt_from_the_store_has_the_same_books(events: list[tuple[i
                 ledger.end(before.id, ended)
             else:
                 ledger.charge(before.id, cost)
-    resumed = Resumed(
-        trials=list(known.values()), seconds=0.0, reference_device_seconds=0.0, reference_point=None
-    )
+    resumed = Resumed(trials=list(known.values()), seconds=0.0, side_device_seconds=0.0, reference_point=None)
     rebuilt = Ledger(budget(), resumed)
     assert rebuilt.trials == ledger.trials
     assert rebuilt.device_seconds == pytest.approx(ledger.device_seconds)
+
+
+# What is kept for confirming
+
+
+def test_what_is_reserved_is_left_for_confirming_and_for_nothing_else() -> None:
+    ledger = Ledger(budget(trials=None, device_seconds=100), NOTHING)
+    ledger.reserve(30)
+    ledger.charge("a", 69)
+    assert ledger.spent() is None
+    ledger.charge("a", 70)
+    assert ledger.spent() == "the budget of 100 device-seconds is spent but for the confirming runs"
+    assert ledger.spent(confirming=True) is None
+    ledger.charge("a", 100)
+    assert ledger.spent(confirming=True) == "the budget of 100 device-seconds is spent"
+
+
+def test_the_search_gets_at_least_half_of_the_time_however_much_is_reserved(clock: Clock) -> None:
+    ledger = Ledger(budget(trials=None, seconds=60), NOTHING, devices=2, clock=clock)
+    ledger.reserve(1e6)
+    clock.now += 29.9
+    assert ledger.spent() is None
+    clock.now += 0.1
+    assert ledger.spent() == "the budget of 60 seconds is spent but for the confirming runs"
+
+
+@pytest.mark.parametrize(
+    ("limits", "left"),
+    [({}, None), ({"seconds": 50}, 40), ({"device_seconds": 50}, 10), ({"seconds": 5}, 0)],
+)
+def test_a_side_run_has_what_is_left_of_the_nearest_limit(
+    limits: dict[str, float], left: float | None, clock: Clock
+) -> None:
+    ledger = Ledger(budget(**limits), NOTHING, clock=clock)
+    clock.now += 10
+    ledger.charge_side("a reference", 30)
+    assert ledger.side_seconds(devices=2) == left
+
+
+# How long it will take
+
+
+def simulate(
+    clock: Clock, limits: dict[str, Any], concurrent: int, costs: list[float], yardstick: float
+) -> tuple[list[tuple[float, float]], float]:
+    """Run a job whose trials take these seconds, on a device each: (when, seconds left then), and its end."""
+    ledger = Ledger(BudgetSpec(**limits), NOTHING, devices=concurrent, clock=clock)
+    began = clock.now
+    clock.now += yardstick
+    ledger.charge_side("yardstick", yardstick)
+    ledger.begin_trials()
+    waiting, running = list(enumerate(costs)), dict[int, tuple[float, float]]()
+    estimates: list[tuple[float, float]] = []
+    while True:
+        while waiting and len(running) < concurrent and ledger.may_start(len(running)):
+            number, cost = waiting.pop(0)
+            running[number] = (clock.now + cost + 0.1, cost)  # which takes a little to start
+        if not running:
+            return estimates, clock.now - began
+        number = min(running, key=lambda name: running[name][0])
+        clock.now, cost = running.pop(number)
+        ledger.end(str(number), ending(TrialState.COMPLETED, cost))
+        shares = {str(name): 1 - (until - clock.now) / (c + 0.1) for name, (until, c) in running.items()}
+        for name, share in shares.items():
+            ledger.charge(name, share * costs[int(name)])
+        left = ledger.seconds_left(sum(shares.values()))
+        assert left is not None
+        estimates.append((clock.now - began, left))
+
+
+@given(
+    limits=st.sampled_from([{"trials": 30}, {"seconds": 120.0}, {"device_seconds": 150.0}]),
+    concurrent=st.integers(1, 4),
+    seed=st.integers(0, 2**20),
+    yardstick=st.floats(0, 60),
+)
+def test_from_a_third_of_the_job_on_the_time_left_is_within_a_factor_of_two(
+    limits: dict[str, float], concurrent: int, seed: int, yardstick: float
+) -> None:
+    random = Random(seed)
+    costs = [random.uniform(2, 9) for _ in range(400)]
+    estimates, end = simulate(Clock(), limits, concurrent, costs, yardstick)
+    longest = max(costs)  # what still runs when a limit is reached is not known
+    for when, left in estimates:
+        if when > end / 3:
+            assert left <= 2 * (end - when) + longest
+            assert left >= (end - when) / 2 - longest
+
+
+def test_nothing_is_known_of_the_time_before_a_trial_has_ended() -> None:
+    ledger = Ledger(budget(), NOTHING)
+    ledger.charge_side("a reference", 10)
+    ledger.charge("a", 10)
+    assert ledger.seconds_left(0) is None

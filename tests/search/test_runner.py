@@ -205,6 +205,28 @@ def test_what_still_trains_when_the_time_is_up_is_stopped(drive: Drive) -> None:
     assert outcome["front"] == set()
 
 
+@pytest.mark.slow
+def test_a_trial_that_never_reports_is_ended_once_the_time_is_up(drive: Drive) -> None:
+    [outcome] = drive("silent")
+    assert outcome["state"] == (JobState.FAILED, "the budget of 4 seconds is spent")
+    assert [trial.state for trial in outcome["trials"]] == [TrialState.STOPPED]
+
+
+def test_side_runs_and_confirming_runs_go_on_beside_the_trials(drive: Drive) -> None:
+    [outcome] = drive("learning")
+    assert outcome["state"] == (JobState.SUCCEEDED, None)
+    assert len(outcome["trials"]) == 10
+    assert {len(result.tasks) for _, result in outcome["subsets"]} == {1, 2, 3, 4, 5, 6}
+    assert {run.ending.state for run in outcome["confirmations"]} == {TrialState.COMPLETED}
+    assert {run.ending.files for run in outcome["confirmations"] if run.ending.files} == set()
+    assert outcome["verdict"] is not None
+    assert outcome["side_device_seconds"] > sum(run.ending.device_seconds for run in outcome["confirmations"])
+    assert {path.name for path in outcome["folder"].iterdir()} == {"trials"}
+    assert {path.name for path in (outcome["folder"] / "trials").iterdir()} == {
+        trial.id for trial in outcome["trials"] if trial.state is TrialState.COMPLETED
+    }
+
+
 def test_a_job_without_time_for_its_yardstick_says_so(drive: Drive) -> None:
     [outcome] = drive("out_of_time_for_references")
     reason = "the budget of 0.01 seconds is spent, before the yardstick was trained"
