@@ -118,11 +118,11 @@ class Ledger:
                 return f"the budget of {total:g} {name} is spent but for the confirming runs"
         return None
 
-    def side_seconds(self, devices: float, *, confirming: bool = False) -> float | None:
+    def side_seconds(self, devices: float) -> float | None:
         """How long a side run on `devices` devices may take before a limit is reached; None without one."""
         left = [
             (open_to - used) / (devices if name == DEVICE_SECONDS else 1.0)
-            for name, used, _, open_to in self._times(confirming)
+            for name, used, _, open_to in self._times(confirming=False)
         ]
         return max(0.0, min(left)) if left else None
 
@@ -136,7 +136,7 @@ class Ledger:
         """Whether more trials failed than the job bears."""
         return self.failures > self._budget.failures
 
-    def seconds_left(self, in_flight: float) -> float | None:
+    def seconds_left(self, in_flight: float, *, confirming: bool = False) -> float | None:
         """How long the job will take from now on, at its pace so far; None before a trial has ended.
 
         What is left of the trials costs what those that ended cost, and it goes on as fast as it went since
@@ -144,6 +144,7 @@ class Ledger:
 
         Args:
             in_flight: Trials that run or wait, each counted by the share that it has trained already.
+            confirming: Whether no more trials come: only what is reserved is left.
         """
         if not self.trials:
             return None
@@ -151,7 +152,9 @@ class Ledger:
         seconds, charged = self.seconds - seconds_before, self.device_seconds - charged_before
         pace = charged / seconds if charged > 0 and seconds > 0 else self._devices
         left: list[float] = []
-        if self._budget.trials is not None:
+        if confirming:
+            left.append(self._reserved / pace)
+        elif self._budget.trials is not None:
             a_trial = self._ended_device_seconds / (self.trials + self.failures)
             trials = max(0.0, self._budget.trials - self.trials - in_flight)
             left.append((trials * a_trial + self._reserved) / pace)

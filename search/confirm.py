@@ -22,8 +22,9 @@ from scipy.special import stdtrit
 from coterie.models.backbones import BACKBONES
 from coterie.models.tasks import Direction
 from coterie.search.baselines import yardstick_candidate
+from coterie.search.front import feasible
 from coterie.search.objective import YARDSTICK_SEEDS
-from coterie.search.plan import Plan, measure_size
+from coterie.search.plan import SIZES, Plan, measure_size
 from coterie.search.seeds import derive_seed
 from coterie.search.space import GIVEN_GROUPING, recipe_of, sizes_of
 from coterie.search.store import (
@@ -352,7 +353,7 @@ class _Evidence:
         """Whether even the best of all confirmed networks stays behind single-task ones."""
         best = max(self._trained, key=lambda one: fmean(one.gains))
         gain, margin = fmean(best.gains), self._yardstick_margin(best)
-        if gain > -LEAST_GAIN or gain + margin >= 0:
+        if gain > -LEAST_GAIN or gain + margin >= 0 or not self._may_be_apart:
             return None
         return Verdict(
             kind=VerdictKind.APART,
@@ -371,17 +372,17 @@ class _Evidence:
 
     def together(self) -> Verdict | None:
         """Whether one network for all tasks beats the best point, or single-task ones that cost as much."""
-        lead = next((p for p in self._known if self._runs.points[p.id].candidate.family == "shared"), None)
         best = self._known[0]
-        found = self._summaries[best.id].over_shared
+        found, rival = self._summaries[best.id].over_shared, self._runs.rival(best.id)
         if found is not None and found.high < 0 and found.gain <= -LEAST_GAIN:
             trained = self._runs.points[best.id]
             return Verdict(
                 kind=VerdictKind.TOGETHER,
                 words=f"Train all tasks together: one shared network gains {_interval(found, -1)} percent "
                 f"points of delta_m over the best point ({trained.candidate.family}), at "
-                f"{found.shared_macs / trained.macs:.2f} times its macs ({self._basis(trained)}).",
-                trial_id=None if lead is None else lead.id,
+                f"{found.shared_macs / trained.macs:.2f} times its macs ({self._basis(trained)})."
+                f"{self._if_unequal(found.shared_macs, trained)}",
+                trial_id=self._trial_of(rival),
             )
         for one in sorted(self._shared, key=lambda one: -fmean(one.gains)):
             gain, margin = fmean(one.gains), self._yardstick_margin(one)
@@ -393,7 +394,7 @@ class _Evidence:
                     f"{margin:.1f} %, better than single-task networks of the default size and recipe, at "
                     f"{self._over_yardstick(one)} times their macs, and nothing that was confirmed beats a "
                     f"shared network of its size beyond noise ({self._basis(one)}).",
-                    trial_id=None if lead is None else lead.id,
+                    trial_id=self._trial_of(one),
                 )
         return None
 
@@ -408,13 +409,17 @@ class _Evidence:
                 "trained with two seeds.",
             )
         margins = [(found.high - found.low) / 2 for found in compared]
-        margins.append(self._yardstick_margin(best))
+        hidden = max(LEAST_GAIN, self._yardstick_margin(best), *margins)
+        beside = (
+            "nor is sharing known to help or hurt beside single-task networks"
+            if self._may_be_apart
+            else "and single-task networks of the default size break the job's constraints"
+        )
         return Verdict(
             kind=VerdictKind.NO_DIFFERENCE,
             words="No difference beyond noise: nothing that was confirmed is known to beat one shared "
-            f"network of about its macs by {LEAST_GAIN:g} percent point of delta_m, nor is sharing known to "
-            "help or hurt beside single-task networks. Differences below "
-            f"{max(margins):.1f} percent points may be hidden; more seeds would show smaller ones "
+            f"network of about its macs by {LEAST_GAIN:g} percent point of delta_m, {beside}. Differences "
+            f"below {hidden:.1f} percent points may be hidden; more seeds would show smaller ones "
             f"({self._basis(best)}).",
         )
 
@@ -446,6 +451,10 @@ class _Evidence:
             grouping=groups,
         )
 
+    def _trial_of(self, one: _Trained | None) -> str | None:
+        """The trial that was trained again; None of a network that was trained beside one."""
+        return next((point.id for point in self._known if self._runs.points[point.id] is one), None)
+
     def _if_unequal(self, shared_macs: float, one: _Trained) -> str:
         """A warning where the backbone has no `shared` network of about the same size."""
         if max(shared_macs / one.macs, one.macs / shared_macs) <= FAR_SIZE:
@@ -465,9 +474,19 @@ class _Evidence:
         return float(stdtrit(freedom, 1 - tail)) * spread
 
     @cached_property
-    def _yardstick_macs(self) -> float:
+    def _yardstick_size(self) -> dict[str, float]:
         yardstick = yardstick_candidate(self._plan)
-        return measure_size(yardstick, self._plan.input_shape, self._plan.tasks)["macs"]
+        return measure_size(yardstick, self._plan.input_shape, self._plan.tasks)
+
+    @property
+    def _yardstick_macs(self) -> float:
+        return self._yardstick_size["macs"]
+
+    @property
+    def _may_be_apart(self) -> bool:
+        """Whether networks such as the yardstick's keep the job's limits on size: else they are no advice."""
+        constraints = self._plan.spec.constraints
+        return feasible({**self._yardstick_size}, [one for one in constraints if one.metric in SIZES])
 
     def _over_yardstick(self, one: _Trained) -> str:
         return f"{one.macs / self._yardstick_macs:.2f}"
@@ -475,7 +494,7 @@ class _Evidence:
     def _basis(self, one: _Trained) -> str:
         """What figures rest on."""
         failed = sum(trained.failed for trained in (*self._runs.points.values(), *self._runs.rivals.values()))
-        basis = f"validation split, {len(one.gains)} fresh seeds, 95 % confidence"
+        basis = f"validation split, {len(one.gains)} fresh seeds, 95 % over seeds"
         return f"{basis}; {_count(failed, 'confirming run')} did not complete" if failed else basis
 
 
@@ -566,7 +585,7 @@ def _compare(point: _Trained, rival: _Trained, comparisons: int) -> Comparison:
     gain, noise = fmean(point.gains) - fmean(rival.gains), sum(parts)
     margin = 0.0
     if noise > 0:
-        freedom = noise**2 / sum(part**2 / free for part, free in zip(parts, freedoms, strict=True))
+        freedom = 1 / sum((part / noise) ** 2 / free for part, free in zip(parts, freedoms, strict=True))
         margin = float(stdtrit(freedom, 1 - FALSE_ALARMS / 2 / comparisons)) * math.sqrt(noise)
     low, high = gain - margin, gain + margin
     return Comparison(

@@ -107,6 +107,7 @@ class SearchController:
         self._used_up = False
         self._hypervolumes: list[float] = []
         self._side_run: SideRun | None = None
+        self._side_began = 0.0
         self._side_crashes = 0
         self._side_runs_off = False
         self._reruns: deque[Rerun] | None = None
@@ -132,8 +133,7 @@ class SearchController:
     def suggest(self) -> Order | None:
         """What to start now; None where nothing may start (see `over`)."""
         self._recorder.check()
-        spent = self._ledger.spent()
-        while spent is not None and self._waiting:
+        while self._waiting and (spent := self._spent_for(self._waiting[0])) is not None:
             # What waits to go on will not go on any more.
             self._end_unfinished(self._waiting.popleft(), TrialState.STOPPED, spent)
         if len(self._running) >= self._concurrent:
@@ -152,14 +152,14 @@ class SearchController:
         """Record an epoch of a trial or of a confirming run; whether it may go on."""
         self._ledger.charge(run_id, measurement.device_seconds)
         if run_id in self._confirming:
-            return self._ledger.spent(confirming=True) is None
+            return self._spent_for(run_id) is None
         trial = replace(
             self._trials[run_id], epochs=measurement.epoch, device_seconds=measurement.device_seconds
         )
         self._trials[run_id] = trial
         self._latest[run_id] = measurement
         self._recorder.write(lambda store: store.measure(run_id, measurement))
-        if self._ledger.spent() is not None:
+        if self._spent_for(run_id) is not None:
             return False
         return self._may_pass_rung(trial, measurement)
 
@@ -188,9 +188,7 @@ class SearchController:
 
     def stopped(self, run_id: str) -> None:
         """A trial or a confirming run was stopped: by the scheduler, or because the budget is spent."""
-        reason = self._why_stopped.pop(run_id, None) or self._ledger.spent(
-            confirming=run_id in self._confirming
-        )
+        reason = self._why_stopped.pop(run_id, None) or self._spent_for(run_id)
         self._end_unfinished(run_id, TrialState.STOPPED, reason)
 
     def learned(
@@ -220,7 +218,7 @@ class SearchController:
         """A process died: what it ran goes on from its checkpoint, unless it has died too often."""
         self._running.discard(run_id)
         if self._side_run is not None and run_id == self._side_run.id:
-            self._side_run = None
+            self._drop_side_run()
             self._side_crashes += 1
             self._side_runs_off = self._side_crashes > MOST_CRASHES
             logger.warning("the process of %s died (%d times so far): %s", run_id, self._side_crashes, reason)
@@ -246,10 +244,12 @@ class SearchController:
         """The runner was ended before what ran had: none of it goes on."""
         for run_id in sorted(self._running):
             if self._side_run is not None and run_id == self._side_run.id:
-                self._side_run = None
                 self._running.discard(run_id)
+                self._drop_side_run()
             else:
                 self.stopped(run_id)
+        while self._waiting:
+            self.stopped(self._waiting.popleft())
 
     def verdict(self) -> tuple[JobState, str | None]:
         """How the job ended, once it is over; what it found is recorded, where it has confirmed it."""
@@ -262,10 +262,14 @@ class SearchController:
             self._recorder.write(lambda store: store.set_verdict(found))
         return JobState.SUCCEEDED, self._why_early
 
+    def _spent_for(self, run_id: str) -> str | None:
+        """Why a trial or a confirming run may not go on, in words."""
+        return self._ledger.spent(confirming=run_id in self._confirming)
+
     @property
     def _searching(self) -> bool:
-        """Whether one more candidate may start."""
-        if self._why_early is not None:
+        """Whether one more candidate may start: none once the front's best are being confirmed."""
+        if self._why_early is not None or self._reruns is not None or self._confirmations:
             return False
         return self._ledger.may_start(sum(run_id in self._trials for run_id in self._running))
 
@@ -294,7 +298,7 @@ class SearchController:
         if self._searching:
             side_run = self._next_side_run()
             if side_run is not None:
-                self._side_run = side_run
+                self._side_run, self._side_began = side_run, self._ledger.seconds
                 return Order(side_run.id, side_run, self._ledger.side_seconds(self._plan.devices))
             proposed = self._propose()
             if proposed is not None:
@@ -317,6 +321,14 @@ class SearchController:
                 recorded=trial.epochs,
             ),
         )
+
+    def _drop_side_run(self) -> None:
+        """Charge a side run that can't say any more what it took: from its start until now."""
+        assert self._side_run is not None
+        device_seconds = (self._ledger.seconds - self._side_began) * self._plan.devices
+        self._ledger.charge_side(self._side_run.id, device_seconds)
+        self._side_run = None
+        self._recorder.write(lambda store: store.charge_side(device_seconds))
 
     def _next_side_run(self) -> SideRun | None:
         if self._side_run is not None or self._side_runs_off:
@@ -422,6 +434,7 @@ class SearchController:
                 for rerun in plan_confirmation(self._plan, self._points())
                 if (rerun.trial_id, rerun.role, rerun.seed) not in done
             )
+            self._reserve()
         return self._reruns
 
     def _rerun_assignment(self, run_id: str, rerun: Rerun) -> Assignment:
@@ -456,15 +469,20 @@ class SearchController:
 
     def _reserve(self) -> None:
         """Keep for the confirming runs what they will take: as much as trials that trained to their end."""
-        spec = self._plan.spec.confirm
-        runs = 2 * spec.top * spec.seeds - len(self._confirmations)
-        self._ledger.reserve(max(0, runs) * self._ledger.a_trial)
+        if self._reruns is None:  # at the most
+            spec = self._plan.spec.confirm
+            runs = max(0, 2 * spec.top * spec.seeds - len(self._confirmations))
+        else:
+            runs = len(self._reruns) + len(self._confirming)
+        self._ledger.reserve(runs * self._ledger.a_trial)
 
     def _estimate(self) -> None:
         trained = sum(
             self._trials[name].epochs for name in (*self._running, *self._waiting) if name in self._trials
         )
-        seconds = self._ledger.seconds_left(trained / self._plan.spec.budget.epochs)
+        seconds = self._ledger.seconds_left(
+            trained / self._plan.spec.budget.epochs, confirming=self._reruns is not None
+        )
         self._recorder.write(partial(_set_estimate, seconds=seconds))
 
 

@@ -79,8 +79,6 @@ class GroupKnowledge:
         self._stacks = stackable(self.backbone, plan.tasks)
         self.sizes = self._fitting_sizes()
         self._results: dict[tuple[Subset, int], SubsetResult] = {}
-        self._waits = False
-        self._gave_nothing = False
         self._affinities: dict[int, AffinityResult] = {}
         self._trials: dict[int, Trial] = {}
         self._belief: GroupBelief | None = None
@@ -121,13 +119,8 @@ class GroupKnowledge:
         return self._wanted_subsets(number) if self._stacks else self._wanted_affinity()
 
     def learn(self, results: Sequence[SubsetResult]) -> None:
-        """Learn what networks for subsets reached: those of the last run that was wanted, or stored ones.
-
-        After a run that gave nothing no other is wanted.
-        """
+        """Learn what networks for subsets reached: those of the last run that was wanted, or stored ones."""
         self._forget()
-        self._gave_nothing |= self._waits and not results
-        self._waits = False
         for result in results:
             if not set(result.tasks) <= set(self._tasks.names):
                 continue
@@ -169,7 +162,7 @@ class GroupKnowledge:
 
     def _wanted_subsets(self, number: int) -> SubsetRun | None:
         """First networks for subsets that nobody has trained, then now and then for those that tell most."""
-        if self._gave_nothing or not self.sizes or not self._first_subsets:
+        if not self.sizes or not self._first_subsets:
             return None
         before = {subset for (subset, _), result in self._results.items() if result.run is None}
         own = [result.run for result in self._results.values() if result.run is not None]
@@ -212,7 +205,6 @@ class GroupKnowledge:
 
     def _subset_run(self, run: int, subsets: Sequence[Subset]) -> SubsetRun:
         """With a seed that no network was trained with."""
-        self._waits = True
         known = {seed for (_, seed) in self._results}
         seeds = (derive_seed(self._seed, "subsets", run, attempt) for attempt in range(len(known) + 1))
         seed = next(seed for seed in seeds if seed not in known)

@@ -344,20 +344,30 @@ def _named_metrics(spec: JobSpec) -> Iterator[tuple[str, str]]:
 
 def _bound_faults(spec: JobSpec, tasks: TaskSet) -> Iterator[Fault]:
     """Bounds that leave nothing of the values that a metric can have, alone or together."""
-    ranges = _natural_ranges(tasks)
+    natural = _natural_ranges(tasks)
+    ranges = dict(natural)
+
+    def cause(end: float, natural_end: float) -> str:
+        return "by its nature" if end == natural_end else "by a constraint before this one"
+
     for index, constraint in enumerate(spec.constraints):
         metric = constraint.metric
-        low, high = ranges.get(metric, (-math.inf, math.inf))
+        nature = natural.get(metric, (-math.inf, math.inf))
+        low, high = ranges.get(metric, nature)
         least = -math.inf if constraint.min is None else constraint.min
         greatest = math.inf if constraint.max is None else constraint.max
         if greatest < low:
-            why = f"'{metric}' is never below {low:.12g}, by its nature or by a constraint before this one"
             yield Fault(
-                f"/constraints/{index}/max", f"{why}: max must be at least that, found {greatest:.12g}"
+                f"/constraints/{index}/max",
+                f"'{metric}' is never below {low:.12g}, {cause(low, nature[0])}: max must be at least that, "
+                f"found {greatest:.12g}",
             )
         if least > high:
-            why = f"'{metric}' is never above {high:.12g}, by its nature or by a constraint before this one"
-            yield Fault(f"/constraints/{index}/min", f"{why}: min must be at most that, found {least:.12g}")
+            yield Fault(
+                f"/constraints/{index}/min",
+                f"'{metric}' is never above {high:.12g}, {cause(high, nature[1])}: min must be at most that, "
+                f"found {least:.12g}",
+            )
         ranges[metric] = max(low, least), min(high, greatest)
 
 

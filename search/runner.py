@@ -17,7 +17,9 @@ never read, since the store is the only truth. Facts about Ray that shape this f
 import itertools
 import logging
 import os
+import signal
 import tempfile
+import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -63,6 +65,7 @@ from coterie.search.store import (
     Measurement,
     Reference,
     ReferenceKey,
+    Resumed,
     SubsetResult,
     TrialState,
     TrialStore,
@@ -114,9 +117,7 @@ def _local_ray() -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    before = dict(os.environ)
-    os.environ.update({"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"})
-    try:
+    with _environment(RAY_USAGE_STATS_ENABLED="0", RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0"):
         ray.init(
             address="local",  # never another's: without an address Ray attaches to any on the host
             include_dashboard=False,
@@ -124,11 +125,25 @@ def _local_ray() -> Iterator[None]:
             logging_level=logging.WARNING,
             _node_ip_address="127.0.0.1",
         )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _environment(**settings: str) -> Iterator[None]:
+    """Variables of this process and its children while the block lasts."""
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    try:
         yield
     finally:
-        ray.shutdown()
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def drive(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobState, str | None]:
@@ -146,11 +161,10 @@ def drive(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobS
         Fenced: If a newer attempt has begun, or the job was cancelled: nothing more was written.
     """
     resumed = store.resume()
-    concurrent = _concurrency(plan.spec.budget.concurrent, plan)
-    ledger = Ledger(plan.spec.budget, resumed, devices=concurrent * plan.devices)
-    data = plan.source.load(plan.options)
-    data_ref = ray.put(data)
-    with Recorder(store) as recorder:
+    concurrent = _concurrency(plan)
+    ledger = Ledger(plan.spec.budget, resumed, devices=min(concurrent, _fitting(plan)) * plan.devices)
+    with Recorder(store) as recorder:  # which says that the driver lives while the data are loaded
+        data_ref = ray.put(plan.source.load(plan.options))
         try:
             yardstick = _measure_yardstick(plan, store, recorder, ledger, data_ref)
         except BudgetSpent:
@@ -166,7 +180,7 @@ def drive(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobS
             controller = SearchController(
                 plan,
                 resumed,
-                store.measurements_at(scheduler.rungs),
+                store.measurements_at([*scheduler.rungs, *_unfinished_epochs(resumed)]),
                 recorder,
                 artifacts,
                 ledger,
@@ -183,23 +197,29 @@ def drive(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobS
     return ending
 
 
+def _unfinished_epochs(resumed: Resumed) -> set[int]:
+    """Where trials stand that go on: they may yet be stopped, and then show what they had reached."""
+    return {trial.epochs for trial in resumed.trials if trial.ending is None}
+
+
 def _make_sampler(plan: Plan, yardstick: Yardstick, store: TrialStore, recorder: Recorder) -> Sampler:
     """The job's sampler, with what is known of its tasks already."""
     setting = side_setting(plan)
     recorder.write(lambda store: store.use_setting(setting))
     sampler = make_sampler(plan, yardstick)
-    known = store.find_subsets(setting)
-    if known:
-        sampler.learn(known)
+    sampler.learn(store.find_subsets(setting))
     for result in store.find_affinities(setting):
         sampler.learn_affinity(result)
     return sampler
 
 
-def _concurrency(wanted: int | None, plan: Plan) -> int:
-    """What the job asks for, else what fits on the nodes that are there now."""
-    if wanted is not None:
-        return wanted
+def _concurrency(plan: Plan) -> int:
+    """What the job asks for, else what fits."""
+    return plan.spec.budget.concurrent or _fitting(plan)
+
+
+def _fitting(plan: Plan) -> int:
+    """How many trials fit on the nodes that are there now; one may have to wait for its node."""
     wish = plan.spec.resources
     found = ray.cluster_resources()
     fits = [found.get("CPU", 0) / wish.cpus]
@@ -289,24 +309,28 @@ def _tune(
         ).fit()
     if relay.error is not None:
         raise relay.error
+    if not controller.over and controller.overdue <= LONGEST_SILENCE:
+        raise RuntimeError("Ray Tune ended before the search was over")
     controller.end_what_runs()
 
 
 @contextmanager
 def _quiet_tune() -> Iterator[None]:
-    """Leave out Tune's own result files and tables, which repeat the store, and warnings of their absence."""
+    """Leave out Tune's own result files and tables, which repeat the store, and warnings of their absence.
+
+    And its handlers of signals: Ctrl-C would end the search as if it were over.
+    """
     logging.getLogger("ray.tune.analysis.experiment_analysis").setLevel(logging.ERROR)
-    settings = {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "RAY_AIR_NEW_OUTPUT": "0"}
-    before = {name: os.environ.get(name) for name in settings}
-    os.environ.update(settings)
+    in_main = threading.current_thread() is threading.main_thread()
+    before = signal.getsignal(signal.SIGUSR1)  # which Tune takes in any case
     try:
-        yield
+        with _environment(
+            TUNE_DISABLE_AUTO_CALLBACK_LOGGERS="1", RAY_AIR_NEW_OUTPUT="0", TUNE_DISABLE_SIGINT_HANDLER="1"
+        ):
+            yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        if in_main and before is not None:
+            signal.signal(signal.SIGUSR1, before)
 
 
 class TrialActor(tune.Trainable):

@@ -87,7 +87,7 @@ class Sampler(Protocol):
         """What to learn before trial `number` is asked for; None to go on."""
 
     def learn(self, results: Sequence[SubsetResult]) -> None:
-        """Learn from subset networks: at the start those stored, then each run's, none where it gave none."""
+        """Learn from subset networks: at the start those stored, then each run's."""
 
     def learn_affinity(self, result: AffinityResult) -> None:
         """Learn from an affinity: at the start those stored, then each run's."""

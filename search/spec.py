@@ -21,6 +21,7 @@ from pydantic_core import PydanticCustomError
 from coterie.models.tasks import Direction
 
 GREATEST_SEED = 2**53 - 1  # the integers that every JSON reader keeps exact
+LEAST_SECONDS = 1.0  # no trial starts, trains and is measured in less
 
 
 def _unique(key: Callable[[Any], object], what: str) -> AfterValidator:
@@ -202,13 +203,13 @@ class BudgetSpec(_Part):
     epochs: int = Field(default=20, ge=1, le=10_000, description="Length of each trial, in epochs.")
     seconds: float | None = Field(
         default=None,
-        gt=0,
+        ge=LEAST_SECONDS,
         le=1e8,
         description="Time that the job runs. Trials that still train then are stopped.",
     )
     device_seconds: float | None = Field(
         default=None,
-        gt=0,
+        ge=LEAST_SECONDS,
         le=1e10,
         description="Sum of devices reserved × time, in s, over trials, references, subset networks and "
         "confirming runs.",

@@ -310,6 +310,14 @@ def test_a_points_gain_has_welchs_interval(ours: list[float], theirs: list[float
     assert found.over_shared.within_noise == (found.over_shared.low <= 0 <= found.over_shared.high)
 
 
+def test_hardly_any_noise_still_has_an_interval() -> None:
+    trial = point(0, GROUPED)
+    figures = [*runs(trial, [0.0, 1e-99]), *runs(trial, [0.0, 2e-99], Role.SHARED)]
+    found = summarise(figures)[trial.id].over_shared
+    assert found is not None
+    assert found.within_noise
+
+
 def test_failed_runs_are_left_out_and_counted() -> None:
     trial = point(0, GROUPED)
     (found,) = summarise(
@@ -470,7 +478,7 @@ def case(
             "trial_0",
             "Train the tasks in these groups: {left_parity, left_large, left_loop}, {right_parity, "
             "right_large, right_loop}. They gain 42.0 ± 2.3 percent points of delta_m over one shared "
-            "network of 1.02 times the macs (validation split, 3 fresh seeds, 95 % confidence). Beside "
+            "network of 1.02 times the macs (validation split, 3 fresh seeds, 95 % over seeds). Beside "
             "single-task networks of the default size and recipe the delta_m is 12.0 %, at 0.21 times their "
             "macs.",
         ),
@@ -515,6 +523,25 @@ def case(
             VerdictKind.TOGETHER,
             "trial_0",
             "one shared network has a delta_m of 15.0 ± 2.7 %, better than single-task networks",
+        ),
+        (  # the shared network that it speaks of was trained beside the point, and is no other trial
+            [
+                case(GROUPED, around(-5.0), around(10.0), shared_macs=9000.0),
+                case(candidate("shared", width=12), around(-40.0), macs=1500.0, number=1),
+            ],
+            VerdictKind.TOGETHER,
+            None,
+            "1.80 times its macs (validation split, 3 fresh seeds, 95 % over seeds). The backbone has no "
+            "shared network nearer in size",
+        ),
+        (
+            [
+                case(candidate("interrogate", **GATES), around(14.0), around(15.0)),
+                case(candidate("shared", width=12), around(-40.0), macs=1500.0, number=1),
+            ],
+            VerdictKind.TOGETHER,
+            None,
+            "one shared network has a delta_m of 15.0",
         ),
         (  # so large that single-task networks of that size may be as good
             [case(SHARED, around(15.0), macs=2 * OF_YARDSTICK)],
@@ -566,7 +593,7 @@ def case(
             [case(GROUPED, [12.0, 13.0, None], around(-30.0))],
             VerdictKind.GROUPS,
             "trial_0",
-            "(validation split, 2 fresh seeds, 95 % confidence; 1 confirming run did not complete)",
+            "(validation split, 2 fresh seeds, 95 % over seeds; 1 confirming run did not complete)",
         ),
     ],
 )
@@ -578,6 +605,25 @@ def test_the_verdict_says_in_plain_words_what_was_confirmed(
     assert (verdict.kind, verdict.trial_id) == (kind, trial_id)
     assert words in verdict.words
     assert (verdict.grouping is not None) == (kind is VerdictKind.GROUPS)
+
+
+@pytest.mark.parametrize(
+    ("shared", "kind", "words"),
+    [
+        (-50.0, VerdictKind.GROUPS, "They gain 30.0 ± 2.3 percent points of delta_m over"),
+        (-20.0, VerdictKind.NO_DIFFERENCE, "networks of the default size break the job's constraints"),
+    ],
+)
+def test_networks_that_the_constraints_forbid_are_no_advice(
+    make_job: MakeJob, shared: float, kind: VerdictKind, words: str
+) -> None:
+    small = make_plan(
+        make_job(constraints=[{"metric": "macs", "max": 6000}, {"metric": "delta_m", "min": -90}])
+    )
+    trial, records = case(GROUPED, around(-20.0), around(shared))
+    verdict = make_verdict(small, [trial], records)
+    assert verdict.kind is kind
+    assert words in verdict.words
 
 
 def test_nothing_confirmed_is_nothing_known(plan: Plan) -> None:

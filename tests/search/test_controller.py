@@ -96,9 +96,7 @@ class Driver:
         scheduler = make_scheduler(plan.spec.search.scheduler, plan.objectives, plan.spec.budget.epochs)
         sampler = make_sampler(plan, YARDSTICK)
         setting = side_setting(plan)
-        known = store.find_subsets(setting)
-        if known:
-            sampler.learn(known)
+        sampler.learn(store.find_subsets(setting))
         for result in store.find_affinities(setting):
             sampler.learn_affinity(result)
         self.controller = SearchController(
@@ -745,13 +743,19 @@ def test_a_side_run_whose_process_dies_is_done_again(make: MakePlan, tmp_path: P
         while not driver.over():
             order = driver.start()
             if order is not None and not died and not isinstance(order.work, Assignment):
-                driver.crash(order.id)
+                driver.clock.now += 5.0
+                driver.crash(order.id)  # what it took is charged
                 died = True
             for run_id in list(driver.running):
                 driver.step(run_id)
+        driver.recorder.flush()
+        assert driver.controller._ledger.device_seconds == pytest.approx(
+            store.resume().side_device_seconds + sum(trial.device_seconds for trial in store.trials)
+        )
     assert died
     assert what_happened(store) == what_happened(expected)
     assert store.subsets == expected.subsets
+    assert store.resume().side_device_seconds == expected.resume().side_device_seconds + 5.0
 
 
 def test_a_side_run_has_the_time_that_is_left(make: MakePlan, tmp_path: Path) -> None:
@@ -885,6 +889,88 @@ def test_the_time_left_is_estimated_at_every_end(make: MakePlan, tmp_path: Path)
                 driver.step(order.id)
         driver.recorder.flush()
     assert store.estimate == pytest.approx(6 * EPOCHS * SECONDS_AN_EPOCH)
+
+
+def test_the_time_left_while_confirming_is_that_of_the_runs_that_are_left(
+    make: MakePlan, tmp_path: Path
+) -> None:
+    """Not of all that might have been confirmed, nor of trials that a used up space has not."""
+    fixed = {"depth": 2, "lr": 0.005, "weight_decay": 1e-6, "batch_size": 64, "balancing": "fixed"}
+    space = {"shared": {**fixed, "width": [16, 24, 48]}}
+    plan = make(
+        "random",
+        families=["shared"],
+        search={"space": space},
+        budget={"trials": 50},
+        confirm={"top": 5, "seeds": 2},
+    )
+    store = InMemoryStore()
+    driver = Driver(plan, store, tmp_path)
+    estimates: list[float] = []
+    with driver.recorder:
+        while not driver.over():
+            driver.start()
+            for run_id in list(driver.running):
+                driver.step(run_id)
+            driver.recorder.flush()
+            if len(store.confirmations) > len(estimates):
+                estimates.append(store.estimate or 0.0)
+    left = range(len(estimates))[::-1]
+    assert len(left) > 1
+    assert estimates == pytest.approx([runs * EPOCHS * SECONDS_AN_EPOCH for runs in left])
+
+
+def test_a_confirming_run_whose_process_dies_goes_on_within_what_is_kept_for_it(
+    make: MakePlan, tmp_path: Path
+) -> None:
+    budget = {"trials": None, "device_seconds": 40 * SECONDS_AN_EPOCH * EPOCHS}
+    store = InMemoryStore()
+    driver = Driver(make("random", budget=budget, **CONFIRMING), store, tmp_path)
+    died = False
+    with driver.recorder:
+        while not driver.over():
+            order = driver.start()
+            if order is not None and assignment_of(order).confirms and not died:
+                driver.crash(order.id)
+                died = True
+            for run_id in list(driver.running):
+                driver.step(run_id)
+    assert died
+    assert {run.ending.state for run in store.confirmations} == {TrialState.COMPLETED}
+
+
+def test_no_candidate_comes_any_more_once_the_front_is_confirmed(make: MakePlan, tmp_path: Path) -> None:
+    """Also where confirming takes less than was kept for it, and in the next attempt."""
+    budget = {"trials": None, "device_seconds": 40 * SECONDS_AN_EPOCH * EPOCHS}
+    plan, store = make("random", budget=budget, **CONFIRMING), InMemoryStore()
+    for _ in range(2):
+        driver = Driver(plan, store.attempt(), tmp_path)
+        with driver.recorder:
+            failed = False
+            while not failed:
+                order = driver.start()
+                assert order is not None
+                failed = assignment_of(order).confirms
+                if failed:
+                    driver.fail(order.id)
+                while driver.running:
+                    driver.step(order.id)
+    assert Driver(plan, store.attempt(), tmp_path).run() == (JobState.SUCCEEDED, None)
+    assert len(store.trials) == 28
+
+
+def test_what_waits_in_a_new_attempt_is_not_proposed_again(make: MakePlan, tmp_path: Path) -> None:
+    fixed = {"depth": 2, "lr": 0.005, "weight_decay": 1e-6, "batch_size": 64, "balancing": "fixed"}
+    space = {"shared": {**fixed, "width": [16, 24, 48]}}
+    for seed in range(5):
+        plan = make("random", families=["shared"], search={"space": space}, seed=seed)
+        store = InMemoryStore()
+        for concurrent in (2, 3):
+            driver = Driver(plan, store.attempt(), tmp_path, concurrent=concurrent)
+            with driver.recorder:
+                for _ in range(concurrent):
+                    driver.start()
+        assert sorted(trial.candidate.parameters["width"] for trial in store.trials) == [16, 24, 48]
 
 
 # Anything at all

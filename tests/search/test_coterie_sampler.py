@@ -281,18 +281,6 @@ def test_nothing_is_measured_beside_where_it_could_not_be_used(
     assert [sampler.wanted(number) for number in range(40)] == [None] * 40
 
 
-def test_after_a_run_that_gave_nothing_the_search_goes_on_without(make_search: MakeSearch) -> None:
-    search = make_search()
-    sampler = search.sampler()
-    for number in range(BASELINES):
-        search.ask(sampler, number)
-        search.end(sampler, number)
-    assert sampler.wanted(BASELINES) is not None
-    sampler.learn([])
-    assert sampler.wanted(BASELINES) is None
-    assert search.ask(sampler, BASELINES) is not None
-
-
 def test_a_backbone_that_cannot_be_stacked_starts_from_affinities(make_search: MakeSearch) -> None:
     search = make_search(search={"backbones": ["cnn"], "space": {"grouped": {"groups": 2}}})
     search.run(BASELINES + 3)

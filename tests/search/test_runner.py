@@ -229,7 +229,7 @@ def test_side_runs_and_confirming_runs_go_on_beside_the_trials(drive: Drive) -> 
 
 def test_a_job_without_time_for_its_yardstick_says_so(drive: Drive) -> None:
     [outcome] = drive("out_of_time_for_references")
-    reason = "the budget of 0.01 seconds is spent, before the yardstick was trained"
+    reason = "the budget of 1 seconds is spent, before the yardstick was trained"
     assert outcome["state"] == (JobState.FAILED, reason)
     assert outcome["trials"] == []
 

@@ -161,8 +161,8 @@ def test_a_rule_to_stop_needs_both_its_parts() -> None:
     [
         ("budget.trials", 1, 100_000, 1),
         ("budget.epochs", 1, 10_000, 1),
-        ("budget.seconds", 0.001, 1e8, 0.001),
-        ("budget.device_seconds", 0.001, 1e10, 0.001),
+        ("budget.seconds", 1.0, 1e8, 0.001),
+        ("budget.device_seconds", 1.0, 1e10, 0.001),
         ("budget.failures", 0, 10_000, 1),
         ("budget.concurrent", 1, 1024, 1),
         ("search.scheduler.eta", 2, 10, 1),
