@@ -125,7 +125,7 @@ def submit(
     as_json: AsJson = False,
     server: Server = DEFAULT_URL,
 ) -> None:
-    """Submit a job. Its id goes to stdout, everything else to stderr."""
+    """Submit a job and print its id; with --watch, follow it and print its front in the end."""
     from coterie.service.spec_file import BadSpecFile, read_spec_file
 
     try:
@@ -135,6 +135,7 @@ def submit(
     with _connect(server) as client:
         job = _submit(client, spec)
         if watch:
+            typer.echo(f"Submitted {job.id}.", err=True)
             _watch(job, as_json)
         elif as_json:
             _print_json(job.document)
@@ -375,7 +376,8 @@ def _watch(job: Job, as_json: bool) -> None:
         _print_json(job.document)
     else:
         shown = console.make_console()
-        console.show_front(shown, job.front())
+        if (found := job.front())["points"]:
+            console.show_front(shown, found)
         console.show_verdict(shown, job)
     if job.state != "succeeded":
         _fail(f"{job.id}: {job.state}{f', {job.reason}' if job.reason else ''}", JOB_FAILED)

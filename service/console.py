@@ -165,8 +165,10 @@ def show_affinities(console: Console, items: Iterable[Document]) -> None:
         label = max(LEAST_NAME, min(longest, console.width - CELL * len(tasks) - CELL))
         exponent = _exponent(value for row in item["matrix"] for value in row)
         unit = f" In units of 1e{exponent}." if exponent else ""
-        trained = f"{item['backbone']}, {item['epochs']} epochs, {item['seeds']} seeds, {item['split']} split"
-        words = f"{item['description']}{unit} Below each number its standard error over the seeds."
+        spread = " Below each number its standard error over the seeds." if item["seeds"] > 1 else ""
+        seeds = f"{item['seeds']} seed{'s' * (item['seeds'] > 1)}"
+        trained = f"{item['backbone']}, {item['epochs']} epochs, {seeds}, {item['split']} split"
+        words = f"{item['description']}{unit}{spread}"
         heading = Text.assemble("\n" * (index > 0), (item["method"], "bold"), f"  {trained}\n{words}")
         console.print(heading, soft_wrap=False)
         room = max(1, (console.width - label) // CELL - 1)
@@ -259,15 +261,14 @@ def _show_confirmed(console: Console, points: Sequence[Document]) -> None:
 def _spread(spread: Document | None) -> str:
     if spread is None:
         return UNKNOWN
-    return figure(GAIN, spread["mean"]) + (f" ± {spread['std']:.2f}" if spread["std"] is not None else "")
+    return f"{spread['mean']:+.1f}" + (f" ± {spread['std']:.1f}" if spread["std"] is not None else "")
 
 
 def _comparison(over_shared: Document | None) -> str:
     if over_shared is None:
         return UNKNOWN
-    low, high = (figure(GAIN, over_shared[end]) for end in ("low", "high"))
-    gain = "noise" if over_shared["within_noise"] else figure(GAIN, over_shared["gain"])
-    return f"{gain} ({low} to {high})"
+    gain = "noise" if over_shared["within_noise"] else f"{over_shared['gain']:+.1f}"
+    return f"{gain} ({over_shared['low']:+.1f} to {over_shared['high']:+.1f})"
 
 
 def _confirmed_columns(confirmed: Document | None) -> dict[str, Any]:

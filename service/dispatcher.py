@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from coterie.search.store import JOB_ENDED, FolderArtifacts
+from coterie.search.store import JOB_ENDED, FolderArtifacts, StoreUnavailable
 from coterie.service.config import Settings
 from coterie.service.ray_head import RayHead, RayHeadError, start_head
 from coterie.service.storage.database import Database
@@ -28,7 +28,9 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS = 0.5
 RETRY_SECONDS = 5.0  # after Ray or the database failed
 ANSWER_SECONDS = 20.0  # Ray takes up to 10 to find the agent that starts a job
-MOST_FRUITLESS_ATTEMPTS = 3  # drivers in a row that died without ending a trial
+# In a row, before the embedded head is started anew: one that has lost its job agent lives, and takes no job.
+MOST_RAY_FAILURES = 6
+MOST_FRUITLESS_ATTEMPTS = 3  # drivers in a row that died without any progress
 
 # States of a Ray Job after which its driver is gone.
 GONE = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
@@ -88,17 +90,23 @@ class Dispatcher:
         return float(self._settings.node_cpus), float(gpus)
 
     def _run(self) -> None:
+        failures = 0
         try:
             while not self._stopping.is_set():
                 try:
                     if self._head is not None and not self._head.alive():
                         self._drop_head("Ray ended")
+                    if self._head is not None and failures >= MOST_RAY_FAILURES:
+                        failures = 0
+                        self._drop_head("Ray did not do what it was asked to")
                     if self._client is None:
                         self._connect()
                     self._tick()
+                    failures = 0
                     self._problem = None
                     pause = POLL_SECONDS
                 except Exception as error:  # the loop must outlive whatever Ray or the database do
+                    failures += not isinstance(error, StoreUnavailable)
                     logger.exception("the dispatcher could not do its work and tries again")
                     self._problem = f"{type(error).__name__}: {error}".splitlines()[0]
                     pause = RETRY_SECONDS
@@ -212,7 +220,7 @@ class Dispatcher:
             if fruitless >= MOST_FRUITLESS_ATTEMPTS:
                 jobs.fail_queued(
                     job.job_id,
-                    f"{fruitless} drivers in a row ended without a trial; the job's log says why",
+                    f"{fruitless} drivers in a row ended without progress; the job's log says why",
                     _now(),
                 )
                 self._left.append(job.job_id)

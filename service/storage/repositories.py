@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import TypeVar
 
-from sqlalchemy import Select, func, select, update
+from sqlalchemy import Select, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -333,10 +333,17 @@ class JobRepository:
         return row is not None
 
     def attempts_without_progress(self, job_id: str) -> int:
-        """How many of the last attempts in a row ended no trial and trained nothing beside the trials."""
+        """How many of the last attempts in a row recorded no epoch, no ended trial and no side run."""
+        last_epoch = (
+            select(func.max(MeasurementRow.at))
+            .join(TrialRow, TrialRow.id == MeasurementRow.trial_id)
+            .where(TrialRow.job_id == job_id)
+            .scalar_subquery()
+        )
         ended_a_trial = select(func.max(TrialRow.attempt)).where(TrialRow.job_id == job_id)
         trained = select(func.max(AttemptRow.attempt)).where(
-            AttemptRow.job_id == job_id, AttemptRow.side_device_seconds > 0
+            AttemptRow.job_id == job_id,
+            or_(AttemptRow.side_device_seconds > 0, AttemptRow.started_at < last_epoch),
         )
         last = max(self._session.scalar(query) or 0 for query in (ended_a_trial, trained))
         return (

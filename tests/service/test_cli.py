@@ -182,11 +182,11 @@ def test_the_front_says_what_fresh_seeds_gave_and_what_is_noise(live: LiveServer
     gain = points[0]["confirmed"]["over_shared"]
     assert re.split("  +", told[2]) == [
         points[0]["trial_id"],
-        "+4.00 ± 0.50",
-        "+3.00 ± 0.50",
-        f"+10.00 ({gain['low']:+.2f} to {gain['high']:+.2f})",
+        "+4.0 ± 0.5",
+        "+3.0 ± 0.5",
+        f"+10.0 ({gain['low']:+.1f} to {gain['high']:+.1f})",
     ]
-    assert re.split("  +", told[3])[:3] == [points[1]["trial_id"], "-2.00 ± 1.50", "-3.00 ± 1.50"]
+    assert re.split("  +", told[3])[:3] == [points[1]["trial_id"], "-2.0 ± 1.5", "-3.0 ± 1.5"]
     assert " noise (-" in told[3]
 
 
@@ -336,8 +336,8 @@ def test_no_server_is_said_with_what_to_do() -> None:
     assert "coterie serve" in done.stderr
 
 
-def end_next_job(live: LiveServer, state: JobState) -> threading.Thread:
-    """Run the next job that comes, with one trial, as a driver would."""
+def end_next_job(live: LiveServer, state: JobState, *, trials: int = 1) -> threading.Thread:
+    """Run the next job that comes, with one trial or none, as a driver would."""
 
     def drive() -> None:
         deadline = time.monotonic() + 30
@@ -347,7 +347,8 @@ def end_next_job(live: LiveServer, state: JobState) -> threading.Thread:
         store = live.claim()
         number = 100 + len(live.client.get("/v1/jobs").json()["items"])
         job_id = queued[0]["id"]
-        add_trial(live, store, job_id, number, family="shared", groups=[ALL], delta_m=1.5)
+        if trials:
+            add_trial(live, store, job_id, number, family="shared", groups=[ALL], delta_m=1.5)
         if state is JobState.SUCCEEDED:
             store.set_verdict(Verdict(kind=VerdictKind.TOGETHER, words=VERDICT))
         time.sleep(0.3)
@@ -367,7 +368,8 @@ def test_watching_shows_plain_lines_and_ends_with_the_jobs_code(
     driver.join()
     assert done.returncode == code
     lines = done.stderr.splitlines()
-    assert all(line.startswith(("watched: ", "job_")) for line in lines)
+    assert lines[0].startswith("Submitted job_")
+    assert all(line.startswith(("watched: ", "job_")) for line in lines[1:])
     assert "\x1b" not in done.stdout + done.stderr
     assert f"watched: {state}, 1 of 4 trials, best delta_m +1.50" in lines
     assert done.stdout.startswith("trial ")
@@ -375,6 +377,14 @@ def test_watching_shows_plain_lines_and_ends_with_the_jobs_code(
         assert lines[-1].endswith(": failed, because")
     else:
         assert done.stdout.endswith(f"\n\n{VERDICT}\n")
+
+
+def test_watching_a_job_that_reached_nothing_shows_no_table(live: LiveServer, tmp_path: Path) -> None:
+    driver = end_next_job(live, JobState.FAILED, trials=0)
+    done = coterie("submit", write_job(tmp_path), "--watch", server=live.url)
+    driver.join()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.endswith(": failed, because\n")
 
 
 def test_watching_with_json_prints_the_job_that_ended(live: LiveServer, tmp_path: Path) -> None:
@@ -393,6 +403,7 @@ def test_ctrl_c_stops_the_watching_and_not_the_job(live: LiveServer, tmp_path: P
         env=environment(live.url),
     ) as process:
         assert process.stderr is not None
+        assert process.stderr.readline().startswith("Submitted job_")
         assert "queued" in process.stderr.readline()
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=10)
@@ -460,6 +471,42 @@ def test_affinities_of_many_tasks_with_long_names_fit_the_terminal(tasks: int, w
     assert max(len(line.rstrip()) for line in written.splitlines()) <= width
     assert written.count("-123.4") == written.count("±100.0") == tasks * (tasks - 1)
     assert all(f"er {number} " in written for number in range(tasks))
+
+
+def test_affinities_of_one_seed_speak_of_no_spread() -> None:
+    item = {
+        "method": "pairwise",
+        "description": "Gain.",
+        "tasks": ["one", "two"],
+        "backbone": "mlp",
+        "epochs": 20,
+        "seeds": 1,
+        "split": "validation",
+        "matrix": [[None, 5.0], [-2.0, None]],
+        "standard_error": [[None, None], [None, None]],
+    }
+    shown = Console(file=io.StringIO(), width=80, highlight=False)
+    console.show_affinities(shown, [item])
+    assert isinstance(shown.file, io.StringIO)
+    assert shown.file.getvalue().splitlines()[:2] == [
+        "pairwise  mlp, 20 epochs, 1 seed, validation split",
+        "Gain.",
+    ]
+
+
+def test_points_of_much_noise_fit_80_columns(live: LiveServer, job: str) -> None:
+    with Client(live.url) as client:
+        front = client.job(job).front()
+    for found in (point["confirmed"] for point in front["points"] if point["confirmed"]):
+        found["validation"]["delta_m"] = {"mean": -116.25, "std": 110.37}
+        found["test"]["delta_m"] = {"mean": -116.25, "std": 110.37}
+        found["over_shared"] |= {"low": -118.57, "high": 101.79, "within_noise": True}
+    shown = Console(file=io.StringIO(), width=80, highlight=False)
+    console.show_front(shown, front)
+    assert isinstance(shown.file, io.StringIO)
+    lines = shown.file.getvalue().splitlines()
+    assert any(line.endswith("noise (-118.6 to +101.8)") for line in lines)
+    assert max(len(line.rstrip()) for line in lines) <= 80
 
 
 def test_a_closed_pipe_ends_quietly(live: LiveServer, job: str) -> None:

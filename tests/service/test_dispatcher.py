@@ -295,3 +295,22 @@ def test_the_dispatcher_outlives_ray_and_a_database_that_is_away_with_it(
     finally:
         stage.dispatcher.stop()
     assert stage.job(job).state == JobState.QUEUED
+
+
+def test_a_head_that_lives_but_does_nothing_is_started_anew(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stage.submit()
+
+    def refuse() -> None:
+        if stage.ray.heads == 1:
+            raise RuntimeError("its agent is gone")
+
+    stage.ray.on_submit = refuse
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    stage.dispatcher.start()
+    try:
+        stage.wait_for(lambda: bool(stage.ray.jobs))
+        assert (stage.ray.heads, list(stage.ray.jobs)) == (2, [f"{job}-{module.MOST_RAY_FAILURES + 1}"])
+    finally:
+        stage.dispatcher.stop()

@@ -263,6 +263,23 @@ def test_what_is_trained_beside_the_trials_is_progress(database: Database, run: 
         assert JobRepository(session).attempts_without_progress(job_id) == 0
 
 
+def test_an_epoch_is_progress(database: Database) -> None:
+    job_id = _create(database)
+    for attempt in (1, 2, 3):
+        _claim(database, datetime.now(UTC))
+        store = SqlTrialStore(database, job_id, attempt)
+        if attempt == 1:
+            store.add_trial(_trial(0))
+        store.measure("trial_0", _measurement(attempt))
+        _requeue(database, job_id, attempt)
+    with database.read() as session:
+        assert JobRepository(session).attempts_without_progress(job_id) == 0
+    _claim(database, datetime.now(UTC))
+    _requeue(database, job_id, 4)
+    with database.read() as session:
+        assert JobRepository(session).attempts_without_progress(job_id) == 1
+
+
 def test_a_paused_job_waits_with_its_trials_and_its_driver_is_fenced(database: Database) -> None:
     job_id, store = _start(database)
     for number in range(3):
