@@ -1,19 +1,21 @@
 """A real server under real faults: processes killed with SIGKILL, and SQL looked at afterwards."""
 
+import json
 import socket
 import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 
-from coterie.service.ray_head import end_leftovers
+from coterie.service.ray_head import MARKER_VARIABLE, RECORD_FILE, end_leftovers
 
 POLL_SECONDS = 0.05
 
@@ -76,8 +78,37 @@ class Server:
 
     def sql(self, query: str, *values: object) -> list[Any]:
         """What the database itself says."""
-        with sqlite3.connect(self.data_dir / "coterie.db", timeout=30) as database:
+        with closing(sqlite3.connect(self.data_dir / "coterie.db", timeout=30)) as database:
             return database.execute(query, values).fetchall()
+
+    def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
+        """The same by column, with its JSON read."""
+        with closing(sqlite3.connect(self.data_dir / "coterie.db", timeout=30)) as database:
+            database.row_factory = sqlite3.Row
+            return [_read(row) for row in database.execute(query, values)]
+
+    def ray_marker(self) -> str | None:
+        """What the processes of its Ray head have in their environments; None while there is no head."""
+        record = self.data_dir / RECORD_FILE
+        with suppress(FileNotFoundError):
+            return str(json.loads(record.read_text())["marker"])
+        return None
+
+    def ray_processes(self) -> list[psutil.Process]:
+        marker, found = self.ray_marker(), []
+        for process in psutil.process_iter() if marker is not None else ():
+            with suppress(psutil.Error):  # it has ended, or is another user's
+                if process.environ().get(MARKER_VARIABLE) == marker:
+                    found.append(process)
+        return found
+
+    def running_trial(self, job: str) -> dict[str, Any] | None:
+        """A trial in the middle of its training, with the process that trains it."""
+        epochs = self.get(f"/v1/jobs/{job}")["spec"]["budget"]["epochs"]
+        for trial in self.trials(job):
+            if trial["state"] == "running" and trial["worker"] and 0 < trial["epochs"] < epochs - 2:
+                return dict(trial)
+        return None
 
     def wait_for(self, holds: Callable[[], Any], seconds: float = 90) -> Any:
         deadline = time.monotonic() + seconds
@@ -99,9 +130,26 @@ class Server:
         return "\n".join(part.read_text() for part in parts if part.exists())
 
 
-@pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    data_dir = tmp_path / "data"
+def alive(worker: str) -> bool:
+    """Whether a process `host:pid` runs; one that has ended may wait for whoever adopted it to notice."""
+    try:
+        return psutil.Process(int(worker.rsplit(":", 1)[1])).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _read(row: sqlite3.Row) -> dict[str, Any]:
+    """JSON columns hold objects and arrays."""
+    return {
+        name: json.loads(value) if isinstance(value, str) and value[:1] in "{[" else value
+        for name, value in zip(row.keys(), row, strict=True)
+    }
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[Server]:
+    """A server on an empty data folder."""
+    data_dir = folder / "data"
     data_dir.mkdir()
     running = Server(data_dir)
     running.start()
@@ -109,3 +157,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
         yield running
     finally:
         running.close()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    with serving(tmp_path) as running:
+        yield running

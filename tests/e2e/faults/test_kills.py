@@ -1,125 +1,454 @@
-"""Trial, driver and server killed with SIGKILL while a job runs: nothing is lost, nothing comes twice."""
+"""Processes killed with SIGKILL at random moments of several jobs: nothing is lost, nothing comes twice."""
 
+import hashlib
+import json
 import os
-import signal
+import subprocess
+import sys
 import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from itertools import pairwise
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import psutil
 import pytest
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(400)]
+from coterie.search.confirm import summarise
+from coterie.service.storage.database import Database
+from coterie.service.storage.store import SqlTrialStore
+from tests.e2e.faults.conftest import Server, alive, serving
 
-TRIALS, EPOCHS = 20, 20
-SPEC: dict[str, Any] = {
-    "name": "under fire",
-    "dataset": {"source": "digits", "options": {"samples": 2000}},
-    "search": {"families": ["single", "shared", "grouped", "dmtg"]},
-    "budget": {"trials": TRIALS, "epochs": EPOCHS, "concurrent": 1},
-    "seed": 7,
+# The first test that asks for them waits for all jobs, which takes some five minutes on two idle cores.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
+LONGEST_JOB = 600.0
+
+TRIALS, EPOCHS = 12, 20
+CONFIRMING_SEEDS = 2
+PARETO_ASHA = {"name": "pareto_asha", "eta": 2, "grace_epochs": 2}
+
+
+def job_spec(seed: int, *, samples: int, concurrent: int = 1, **search: Any) -> dict[str, Any]:
+    return {
+        "name": "under fire",
+        "dataset": {"source": "digits", "options": {"samples": samples}},
+        "tasks": ["left_parity", "left_loop", "right_parity", "right_loop"],
+        "search": {"families": ["single", "shared", "grouped", "affinity", "dmtg", "interrogate"]} | search,
+        "budget": {"trials": TRIALS, "epochs": EPOCHS, "concurrent": concurrent},
+        "confirm": {"top": 1, "seeds": CONFIRMING_SEEDS},
+        "seed": seed,
+    }
+
+
+JOBS = {
+    "with stacks": job_spec(1, samples=6000, scheduler=PARETO_ASHA),
+    # Its networks can't be stacked, so it measures affinities.
+    "with affinities": job_spec(2, samples=500, backbones=["cnn"]),
+    # On the same data as the first one, whose subset networks and references it knows.
+    "with a memory": job_spec(3, samples=6000, scheduler={"name": "asha", "eta": 2, "grace_epochs": 4}),
 }
-TIMES = {"latency_ms", "train_device_seconds"}
+SIDE_BY_SIDE = "side by side"
+OTHER = job_spec(5, samples=2000)
+CONCURRENT = job_spec(4, samples=5000, concurrent=2, scheduler=PARETO_ASHA)
+
+# What a kill ends: a process that trains, the node's raylet, the job's driver, or the whole server.
+KINDS = ("trial", "raylet", "driver", "server")
+ONCE_MORE = {
+    "with stacks": "trial",
+    "with affinities": "driver",
+    "with a memory": "raylet",
+    SIDE_BY_SIDE: "trial",
+}
+KILLS = 20
+TRAINING = ("ray::TrialActor", "ray::ResourceTrainable", "ray::_train_reference")  # by process title
+LAST_KILL = 0.8  # of a job's steps: behind that it could be over first
+LONGEST_DELAY = 0.3  # s: several epochs, so that a kill does not follow on what it waits for
+
+TIMES = frozenset({"latency_ms", "train_device_seconds"})
+ROUNDING = 1e-6  # s, of sums
+LONGEST_LAG = 0.5  # s, of what is recorded behind what happens
 
 
-def kill(worker: str) -> None:
-    os.kill(int(worker.rsplit(":", 1)[1]), signal.SIGKILL)
+@dataclass(frozen=True)
+class Kill:
+    """One to come: its kind, at how many of its job's steps, and how many seconds later."""
+
+    kind: str
+    step: float
+    delay: float
 
 
-def outcome(trial: dict[str, Any]) -> dict[str, Any]:
-    """All of a trial that the same job must give again."""
-    values = {
-        split: {name: value for name, value in trial[split].items() if name not in TIMES}
-        for split in ("values", "test")
-    }
-    kept = ("number", "state", "family", "candidate", "seed", "grouping", "epochs", "on_front")
-    return {name: trial[name] for name in kept} | values
+@dataclass(frozen=True)
+class Jobs:
+    """Jobs that ended on one server: by name what it says of each, its steps, and the kills that hit it."""
+
+    server: Server
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    steps: dict[str, int] = field(default_factory=dict)
+    kills: dict[str, list[str]] = field(default_factory=dict)
+
+    def run(self, name: str, spec: dict[str, Any], kills: list[Kill]) -> None:
+        server = self.server
+        job = server.submit(spec)
+        before = steps_of(server)  # nothing is trained for some seconds
+        self.kills[name] = []
+        for kill in kills:
+            server.wait_for(
+                lambda kill=kill: is_over(server, job) or steps_of(server) >= before + kill.step, LONGEST_JOB
+            )
+            time.sleep(kill.delay)
+            while not is_over(server, job):
+                if strike(server, job, kill.kind):
+                    self.kills[name].append(kill.kind)
+                    break
+                time.sleep(0.01)
+        self.found[name] = server.wait_until_over(job, LONGEST_JOB)
+        self.steps[name] = steps_of(server) - before
 
 
-def running_trial(server: Any, job: str) -> dict[str, Any] | None:
-    """A trial in the middle of its training, with the process that trains it."""
-    for trial in server.trials(job):
-        if trial["state"] == "running" and trial["worker"] and 0 < trial["epochs"] < EPOCHS - 2:
-            return dict(trial)
-    return None
+def steps_of(server: Server) -> int:
+    """Everything that was trained and recorded so far, about as much as it took."""
+    [(steps,)] = server.sql(
+        """
+        SELECT (SELECT count(*) FROM reference_networks) + (SELECT count(*) FROM measurements)
+            + (SELECT count(*) FROM subset_networks) + (SELECT count(*) FROM affinities)
+            + ? * (SELECT count(*) FROM confirmations)
+        """,
+        EPOCHS,
+    )
+    return int(steps)
 
 
-def test_a_job_outlives_the_death_of_each_of_its_processes(server: Any) -> None:
-    job = server.submit(SPEC)
+def is_over(server: Server, job: str) -> bool:
+    return server.sql("SELECT 1 FROM jobs WHERE id = ? AND ended_at IS NOT NULL", job) == [(1,)]
 
-    server.wait_for(lambda: len(server.ended(job)) >= 2)
-    trial = server.wait_for(lambda: running_trial(server, job))
-    kill(trial["worker"])
-    server.wait_for(lambda: len(server.ended(job)) >= 4)
 
-    before_driver = {trial["id"]: trial for trial in server.ended(job)}
-    [(driver,)] = server.sql("SELECT driver FROM attempts WHERE job_id = ? AND attempt = 1", job)
-    kill(driver)
-    server.wait_for(lambda: len(server.ended(job)) >= len(before_driver) + 2)
+def draw_kills(name: str, steps: float) -> list[Kill]:
+    """Each kind once, and one of them once more, spread over the job.
 
-    server.wait_for(lambda: running_trial(server, job))
-    before_server = {trial["id"]: trial for trial in server.ended(job)}
-    server.kill()
-    time.sleep(2)
-    server.start()
-    restarted = time.monotonic()
-    gone_on = """
-        SELECT 1 FROM measurements JOIN trials ON trials.id = trial_id
-        JOIN attempts ON attempts.job_id = trials.job_id
-        WHERE attempts.attempt = 3 AND at > attempts.started_at
+    A killed server's driver goes on until the next server ends it, and may end a job that was nearly over: so
+    the server is killed in its first half, or last.
     """
-    server.wait_for(lambda: server.sql(gone_on), 60)
-    print(f"the job went on {time.monotonic() - restarted:.1f} s after the server's restart")
-
-    found = server.wait_until_over(job)
-    assert (found["state"], found["reason"]) == ("succeeded", None)
-    trials = server.trials(job)
-    assert [trial["number"] for trial in trials] == list(range(TRIALS))
-    assert all(trial["state"] == "completed" for trial in trials)
-    after = {trial["id"]: trial for trial in trials}
-    for before in (before_driver, before_server):
-        assert {name: after[name] | {"on_front": None} for name in before} == {
-            name: trial | {"on_front": None} for name, trial in before.items()
-        }
-    for trial in trials:
-        epochs = [measurement["epoch"] for measurement in server.measurements(trial["id"])]
-        assert epochs == list(range(1, EPOCHS + 1))
-    history = server.get(f"/v1/jobs/{job}/front/history")["items"]
-    assert sorted(entry["trial_id"] for entry in history) == sorted(after)
-
-    # Without faults the same job gives the same trials.
-    undisturbed = server.submit(SPEC)
-    server.wait_until_over(undisturbed)
-    assert [outcome(trial) for trial in server.trials(undisturbed)] == [outcome(trial) for trial in trials]
-    assert server.sql("SELECT count(*) FROM attempts WHERE job_id = ?", undisturbed) == [(1,)]
+    rng = Random(name)
+    kinds = [*KINDS, ONCE_MORE[name]]
+    rng.shuffle(kinds)
+    while kinds.index("server") == len(kinds) - 2:
+        rng.shuffle(kinds)
+    shares = [LAST_KILL * (place + rng.random()) / len(kinds) for place in range(len(kinds))]
+    return [
+        Kill(kind, share * steps, rng.uniform(0, LONGEST_DELAY))
+        for kind, share in zip(kinds, shares, strict=True)
+    ]
 
 
-def test_the_front_that_is_stored_is_the_front_of_the_trials(server: Any) -> None:
-    job = server.submit(SPEC | {"budget": {"trials": 8, "epochs": 3, "concurrent": 2}})
-    server.wait_until_over(job)
-    trials = {trial["id"]: trial for trial in server.trials(job)}
+def strike(server: Server, job: str, kind: str) -> bool:
+    """Kill a process of that kind if the job runs and has one."""
+    if server.sql("SELECT 1 FROM jobs WHERE id = ? AND state = 'running'", job) != [(1,)]:
+        return False
+    if kind == "server":
+        orphans = server.ray_marker()
+        server.kill()
+        server.start()
+        server.wait_for(lambda: server.ray_marker() not in (orphans, None))
+        return True
+    victims = [process for process in server.ray_processes() if is_kind(server, job, process, kind)]
+    if not victims:
+        return False
+    victims[0].kill()
+    server.wait_for(lambda: not alive(f":{victims[0].pid}"), 10)
+    return True
 
-    def dominates(a: dict[str, Any], b: dict[str, Any]) -> bool:
-        pairs = [
-            (-a["values"]["delta_m"], -b["values"]["delta_m"]),
-            (a["values"]["macs"], b["values"]["macs"]),
-        ]
-        return all(x <= y for x, y in pairs) and any(x < y for x, y in pairs)
 
-    expected = {
-        name
-        for name, trial in trials.items()
-        if not any(dominates(other, trial) for other in trials.values())
+def is_kind(server: Server, job: str, process: psutil.Process, kind: str) -> bool:
+    try:
+        if kind == "raylet":
+            return process.name() == "raylet"
+        if kind == "trial":
+            return " ".join(process.cmdline()).startswith(TRAINING)
+    except psutil.NoSuchProcess:
+        return False
+    query = "SELECT driver FROM attempts WHERE job_id = ? ORDER BY attempt DESC LIMIT 1"
+    [(driver,)] = server.sql(query, job)
+    return str(driver).endswith(f":{process.pid}")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Jobs:
+    """The jobs on a server without faults."""
+    with serving(tmp_path_factory.mktemp("undisturbed")) as server:
+        jobs = Jobs(server)
+        for name, spec in JOBS.items():
+            jobs.run(name, spec, kills=[])
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def under_fire(undisturbed: Jobs, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+    """The same jobs in the same order on another server, and one whose trials run side by side."""
+    with serving(tmp_path_factory.mktemp("under_fire")) as server:
+        jobs = Jobs(server)
+        for name, spec in JOBS.items():
+            jobs.run(name, spec, draw_kills(name, undisturbed.steps[name]))
+        # About as many steps as its like, but its trials may stop earlier.
+        jobs.run(SIDE_BY_SIDE, CONCURRENT, draw_kills(SIDE_BY_SIDE, 0.8 * undisturbed.steps["with stacks"]))
+        yield jobs
+
+
+def test_processes_of_each_kind_were_killed_while_their_jobs_ran(under_fire: Jobs) -> None:
+    print(f"kills: {under_fire.kills}")
+    for name, kinds in under_fire.kills.items():
+        assert Counter(kinds) == Counter([*KINDS, ONCE_MORE[name]])
+    assert sum(map(len, under_fire.kills.values())) == KILLS
+    given_up = {row["reason"] for row in under_fire.server.rows("SELECT reason FROM attempts")}
+    assert given_up >= {
+        "the server was restarted",
+        "Ray ended",
+        "its driver ended early (Ray says FAILED)",
+        None,
     }
-    front = server.get(f"/v1/jobs/{job}/front")
-    assert {point["trial_id"] for point in front["points"]} == expected
-    assert {name for name, trial in trials.items() if trial["on_front"]} == expected
-    assert front["hypervolume"] == server.get(f"/v1/jobs/{job}")["hypervolume"]
+    assert under_fire.server.sql("SELECT sum(crashes) FROM trials") > [(0,)]
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_under_fire_finds_what_it_finds_undisturbed(
+    undisturbed: Jobs, under_fire: Jobs, name: str
+) -> None:
+    expected, found = (story(jobs, name) for jobs in (undisturbed, under_fire))
+    assert found["job"]["state"] == "succeeded"
+    for part in expected:
+        assert found[part] == expected[part], part
+
+
+def test_the_jobs_do_all_that_a_kill_could_disturb(undisturbed: Jobs) -> None:
+    """What the test above compares is there to be compared."""
+    stories = {name: story(undisturbed, name) for name in JOBS}
+    states = {trial["state"] for found in stories.values() for trial in found["trials"]}
+    assert states == {"completed", "stopped"}
+    origins = {trial["origin"] for found in stories.values() for trial in found["trials"]}
+    assert origins > {"baseline", "grouping"}
+    assert all(found["confirmations"] and found["job"]["verdict"] for found in stories.values())
+    assert len({row["run"] for row in stories["with stacks"]["subsets"]}) == 2
+    assert len(stories["with affinities"]["affinities"]) == 3
+    assert all(kills == [] for kills in undisturbed.kills.values())
+
+
+@pytest.mark.parametrize("name", [*JOBS, SIDE_BY_SIDE])
+def test_no_trial_and_no_epoch_is_lost_or_comes_twice(under_fire: Jobs, name: str) -> None:
+    job, server = under_fire.found[name]["id"], under_fire.server
+    found = story(under_fire, name)
+    trials = found["trials"]
+    assert [trial["number"] for trial in trials] == list(range(TRIALS))
+    assert {trial["state"] for trial in trials} <= {"completed", "stopped"}
+    for trial in trials:
+        measured = [row["epoch"] for row in found["measurements"] if row["number"] == trial["number"]]
+        assert measured == list(range(1, trial["epochs"] + 1))
+        assert (trial["state"] == "completed") == (trial["epochs"] == EPOCHS)
+    completed = {trial["number"]: trial["values"] for trial in trials if trial["state"] == "completed"}
+    assert {row["number"] for row in found["history"]} == completed.keys()
+    assert len(found["history"]) == len(completed)
+    assert {trial["number"] for trial in trials if trial["on_front"]} == naive_front(completed)
+    assert found["history"][-1]["size"] == len(naive_front(completed))
+    assert found["history"][-1]["hypervolume"] == under_fire.found[name]["hypervolume"]
+
+    kept = server.rows("SELECT id, files FROM trials WHERE job_id = ? AND state = 'completed'", job)
+    folder = server.data_dir / "jobs" / job
+    for row in kept:
+        for file, about in row["files"].items():
+            content = (folder / "trials" / row["id"] / file).read_bytes()
+            assert (len(content), hashlib.sha256(content).hexdigest()) == (about["size"], about["sha256"])
+    assert not (folder / "checkpoints").exists()
+
+
+def naive_front(values: dict[int, dict[str, float]]) -> set[int]:
+    losses = {number: (-found["delta_m"], found["macs"]) for number, found in values.items()}
+
+    def dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+        return a != b and all(x <= y for x, y in zip(a, b, strict=True))
+
+    return {
+        number
+        for number, loss in losses.items()
+        if not any(dominates(other, loss) for other in losses.values())
+    }
+
+
+@pytest.mark.parametrize("name", [*JOBS, SIDE_BY_SIDE])
+def test_the_ledger_charges_each_second_once(under_fire: Jobs, name: str) -> None:
+    server, found = under_fire.server, under_fire.found[name]
+    job, used = found["id"], found["progress"]["budget"]
+    trials = server.rows("SELECT id, state, device_seconds FROM trials WHERE job_id = ?", job)
+    attempts = server.rows("SELECT * FROM attempts WHERE job_id = ? ORDER BY attempt", job)
+
+    # Attempts don't overlap, and time between them is not charged.
+    times = [[datetime.fromisoformat(row[end]) for end in ("started_at", "last_seen_at")] for row in attempts]
+    assert all(last_seen <= started for (_, last_seen), (started, _) in pairwise(times))
+    seconds = [(last_seen - started).total_seconds() for started, last_seen in times]
+    assert min(seconds) >= 0
+    assert used["seconds"]["used"] == pytest.approx(sum(seconds))
+
+    # A trial costs what its epochs cost, plus the export of what has completed.
+    for trial in trials:
+        costs = [
+            row["device_seconds"]
+            for row in server.rows(
+                "SELECT device_seconds FROM measurements WHERE trial_id = ? ORDER BY epoch", trial["id"]
+            )
+        ]
+        assert all(0 < before < after for before, after in pairwise(costs))
+        assert costs[-1] < trial["device_seconds"] or trial["state"] == "stopped"
+        assert costs[-1] == trial["device_seconds"] or trial["state"] == "completed"
+
+    # Beside the trials an attempt is charged what it has recorded, each thing once.
+    for charged, itemised, most_others in side_charges(under_fire, name):
+        assert itemised - ROUNDING <= charged <= itemised + most_others + ROUNDING
+
+    side = sum(attempt["side_device_seconds"] for attempt in attempts)
+    total = sum(trial["device_seconds"] for trial in trials) + side
+    assert used["device_seconds"]["used"] == pytest.approx(total)
+    assert total <= (os.cpu_count() or 1) * sum(seconds)  # no more than what could be reserved
+    assert used["trials"]["used"] == TRIALS
+    assert used["failures"]["used"] == 0
+
+
+def side_charges(jobs: Jobs, name: str) -> list[tuple[float, float, float]]:
+    """By attempt: what it was charged, what its references and confirming runs cost, and others at the most.
+
+    Subset networks and affinities don't say what they cost; they run alone, so at the most the time since
+    something else was recorded.
+    """
+    server, job = jobs.server, jobs.found[name]["id"]
+    attempts = server.rows("SELECT * FROM attempts WHERE job_id = ? ORDER BY attempt", job)
+    itemised = server.rows(
+        """
+        SELECT at, device_seconds FROM confirmations WHERE job_id = ?
+        UNION ALL SELECT at, device_seconds FROM reference_networks
+        """,
+        job,
+    )
+    others = server.rows(
+        """
+        SELECT min(at) AS at FROM subset_networks WHERE job_id = ? GROUP BY run
+        UNION ALL SELECT at FROM affinities WHERE job_id = ?
+        """,
+        job,
+        job,
+    )
+    measured = server.rows("SELECT at FROM measurements")
+    moments = sorted(
+        [row["at"] for row in (*itemised, *others, *measured)] + [row["started_at"] for row in attempts]
+    )
+
+    def longest(at: str) -> float:
+        before = max(moment for moment in moments if moment < at)
+        return (datetime.fromisoformat(at) - datetime.fromisoformat(before)).total_seconds() + LONGEST_LAG
+
+    return [
+        (
+            row["side_device_seconds"],
+            sum(item["device_seconds"] for item in itemised if began <= item["at"] <= ended),
+            sum(longest(other["at"]) for other in others if began <= other["at"] <= ended),
+        )
+        for row in attempts
+        for began, ended in [(row["started_at"], row["ended_at"])]
+    ]
+
+
+def test_a_search_in_python_finds_what_a_server_finds(undisturbed: Jobs, tmp_path: Path) -> None:
+    name = "with stacks"
+    program, found = Path(__file__).with_name("search_in_python.py"), tmp_path / "found.json"
+    subprocess.run(
+        [sys.executable, program, tmp_path / "networks", found],
+        input=json.dumps(JOBS[name]),
+        text=True,
+        check=True,
+    )
+    told, expected = json.loads(found.read_text()), story(undisturbed, name)
+    for trial in told["trials"]:
+        trial |= {column: without_times(value) for column, value in trial.items()}
+        trial["files"] = trial["files"].get("weights.safetensors")
+    assert told["trials"] == expected["trials"]
+    assert told["history"] == [
+        {column: row[column] for column in ("number", "hypervolume")} for row in expected["history"]
+    ]
+    assert told["job"] == {column: expected["job"][column] for column in told["job"]}
+    for summary in told["confirmed"].values():
+        summary |= {split: without_times(summary[split]) for split in ("validation", "test")}
+    assert told["confirmed"] == confirmed(undisturbed, name)
+
+
+def confirmed(jobs: Jobs, name: str) -> dict[str, Any]:
+    """What the server makes of a job's confirming runs, as JSON; trials by their numbers."""
+    database = Database(f"sqlite:///{jobs.server.data_dir / 'coterie.db'}")
+    stored = SqlTrialStore(database, jobs.found[name]["id"], attempt=1).resume()
+    database.close()
+    numbers = {trial.id: trial.number for trial in stored.trials}
+    return {
+        str(numbers[trial_id]): asdict(summary)
+        | {split: without_times(asdict(summary)[split]) for split in ("validation", "test")}
+        for trial_id, summary in summarise(stored.confirmations).items()
+    }
+
+
+def story(jobs: Jobs, name: str) -> dict[str, Any]:
+    """All that a job has left which the same job must leave again; trials by their numbers."""
+    server, job = jobs.server, jobs.found[name]["id"]
+
+    def read(columns: str, rest: str) -> list[dict[str, Any]]:
+        rows = server.rows(f"SELECT {columns} {rest}", job)
+        return [{column: without_times(value) for column, value in row.items()} for row in rows]
+
+    numbers = {row["id"]: row["number"] for row in read("id, number", "FROM trials WHERE job_id = ?")}
+    [ended] = read("state, reason, hypervolume, reference_point, verdict", "FROM jobs WHERE id = ?")
+    if ended["verdict"] and ended["verdict"]["trial_id"]:
+        ended["verdict"]["trial_id"] = numbers[ended["verdict"]["trial_id"]]
+    trials = read(
+        "number, state, reason, family, backbone, parameters, choices, seed, origin, grouping, "
+        '"values", test, tasks, epochs, on_front, files',
+        "FROM trials WHERE job_id = ? ORDER BY number",
+    )
+    for trial in trials:
+        trial["files"] = trial["files"].get("weights.safetensors")  # architecture.json holds times
+    of_trials = "JOIN trials ON trials.id = trial_id WHERE trials.job_id = ?"
+    return {
+        "trials": trials,
+        "measurements": read(
+            'number, epoch, measurements."values", measurements.tasks',
+            f"FROM measurements {of_trials} ORDER BY number, epoch",
+        ),
+        "history": read("number, hypervolume, size", f"FROM front_history {of_trials} ORDER BY sequence"),
+        "references": read(
+            "task, backbone, recipe, epochs, seed, validation, test",
+            "FROM reference_networks JOIN job_references ON reference = position WHERE job_id = ? "
+            "ORDER BY task, seed",
+        ),
+        "subsets": read(
+            "run, subset, epochs, seed, validation, test",
+            "FROM subset_networks WHERE job_id = ? ORDER BY position",
+        ),
+        "affinities": read(
+            "method, tasks, epochs, seed, matrix", "FROM affinities WHERE job_id = ? ORDER BY position"
+        ),
+        "confirmations": read(
+            "number, role, confirmations.seed, sequence, confirmations.state, confirmations.parameters, "
+            'confirmations.grouping, confirmations."values", confirmations.test, confirmations.epochs',
+            f"FROM confirmations {of_trials} ORDER BY sequence",
+        ),
+        "job": ended,
+    }
+
+
+def without_times(value: Any) -> Any:
+    return {k: v for k, v in value.items() if k not in TIMES} if isinstance(value, dict) else value
 
 
 def test_a_cancelled_job_ends_within_seconds_and_leaves_no_process(server: Any) -> None:
-    long = server.submit(SPEC | {"budget": {"trials": 1000, "epochs": 50}})
-    queued = server.submit(SPEC)
-    trial = server.wait_for(lambda: running_trial(server, long))
+    long = server.submit(OTHER | {"budget": {"trials": 1000, "epochs": 50}})
+    queued = server.submit(OTHER)
+    trial = server.wait_for(lambda: server.running_trial(long))
     [(driver,)] = server.sql("SELECT driver FROM attempts WHERE job_id = ?", long)
 
     began = time.monotonic()
@@ -132,21 +461,13 @@ def test_a_cancelled_job_ends_within_seconds_and_leaves_no_process(server: Any) 
     assert server.trials(queued) == []
     folder = server.data_dir / "jobs" / long
     server.wait_for(lambda: not (folder / "checkpoints").exists() and not (folder / "scratch").exists(), 10)
-    following = server.submit(SPEC | {"budget": {"trials": 1, "epochs": 1}})
+    following = server.submit(OTHER | {"budget": {"trials": 1, "epochs": 1}})
     assert server.wait_until_over(following)["state"] == "succeeded"
 
 
-def alive(worker: str) -> bool:
-    """Whether a process runs; one that has ended may wait a while for whoever adopted it to notice."""
-    try:
-        return psutil.Process(int(worker.rsplit(":", 1)[1])).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def test_a_stopped_server_leaves_no_process_and_the_next_one_goes_on(server: Any) -> None:
-    job = server.submit(SPEC)
-    trial = server.wait_for(lambda: running_trial(server, job))
+    job = server.submit(OTHER)
+    trial = server.wait_for(lambda: server.running_trial(job))
     server.stop()
     assert not alive(trial["worker"])
     assert not (server.data_dir / "ray.json").exists()
