@@ -116,7 +116,11 @@ class GroupKnowledge:
 
     def wanted(self, number: int) -> SideRun | None:
         """What to measure before the trial of this number after the baselines."""
-        return self._wanted_subsets(number) if self._stacks else self._wanted_affinity()
+        if not self._stacks:
+            return self._wanted_affinity()
+        run = self._wanted_subsets(number)
+        # Subsets say more than affinities, which are for the picture of who helps whom: they can wait.
+        return self._wanted_affinity() if run is None and number >= REPLICATE_EVERY else run
 
     def learn(self, results: Sequence[SubsetResult]) -> None:
         """Learn what networks for subsets reached: those of the last run that was wanted, or stored ones."""
@@ -131,7 +135,8 @@ class GroupKnowledge:
 
     def learn_affinity(self, result: AffinityResult) -> None:
         """Learn from an affinity of the job's tasks; those of others are left out."""
-        self._forget()
+        if not self._stacks:
+            self._forget()
         if result.tasks == self._tasks.names and result.weights == tuple(t.weight for t in self._tasks):
             self._affinities[result.seed] = result
 
@@ -152,7 +157,8 @@ class GroupKnowledge:
     def _believed(self) -> GroupBelief:
         if self._belief is None:
             observations = [*self._subset_observations(), *self._trial_observations()]
-            surrogate = SubsetSurrogate(len(self._tasks), observations, prior_TT=self._mean_affinity())
+            prior_TT = None if self._stacks else self._mean_affinity()
+            surrogate = SubsetSurrogate(len(self._tasks), observations, prior_TT=prior_TT)
             self._belief = GroupBelief(surrogate)
         return self._belief
 

@@ -14,7 +14,8 @@ from coterie.service.views import network_settings, reference_view
 _REFERENCES = "references"
 _DESCRIPTIONS = {
     "one_step": "Share by which the loss of the column's task falls when the parameters that all tasks share "
-    f"take a gradient step of {AFFINITY_LR:g} on the loss of the row's task, mean over a network's training.",
+    f"take a gradient step of {AFFINITY_LR:g} on the loss of the row's task, mean over the first quarter of "
+    "a network's training.",
     "pairwise": "Gain in percent of the metric that judges the column's task when it is trained together "
     "with the row's task, over training alone with the same seed.",
 }
