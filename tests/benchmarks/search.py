@@ -1,6 +1,7 @@
 """What a whole search finds, and what it pays: samplers side by side, groupings, and a negative control.
 
-    python -m tests.benchmarks.search [volume] [regret] [control] [--seeds N] [--processes N] [--png FILE]
+    python -m tests.benchmarks.search [volume] [regret] [control] [--seeds N] [--processes N]
+        [--on mlp cnn] [--png FILE]
 
 Searches run as a job's driver runs them (controller, sampler, scheduler, ledger, recorder), but for Ray: what
 is to run trains in this process, one thing at a time on one thread. Each search is a process of its own.
@@ -19,13 +20,11 @@ is to run trains in this process, one thing at a time on one thread. Each search
 import argparse
 import multiprocessing
 import os
-import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean, median
 from typing import Any
@@ -36,42 +35,17 @@ import torch
 from coterie.models.backbones import MLP
 from coterie.models.tasks import Grouping
 from coterie.search.affinity import SubsetTable, all_subsets, measure_subsets, regret
-from coterie.search.baselines import (
-    make_reference_point,
-    make_yardstick,
-    reference_candidate,
-    side_setting,
-    yardstick_keys,
-)
-from coterie.search.budget import Ledger
-from coterie.search.controller import Order, SearchController
 from coterie.search.coterie_sampler import CoterieSampler
 from coterie.search.data.digits import Digits, DigitsOptions
 from coterie.search.data.registry import sources
-from coterie.search.objective import Yardstick
-from coterie.search.plan import Plan, make_plan
-from coterie.search.recorder import Recorder
-from coterie.search.sampler import make_sampler
-from coterie.search.scheduler import make_scheduler
-from coterie.search.spec import JobSpec
 from coterie.search.store import (
-    AffinityResult,
-    Confirmation,
-    Ending,
-    FolderArtifacts,
-    FrontUpdate,
-    InMemoryStore,
-    JobState,
-    Measurement,
-    Setting,
-    SubsetResult,
     Trial,
     TrialState,
 )
-from coterie.search.subsets import Recipe, run_affinity, run_subsets
-from coterie.search.trial import Assignment, Bench, Training, make_bench, train_reference
-from coterie.search.work import SubsetRun
+from coterie.search.subsets import Recipe
+from coterie.search.trial import make_bench
 from tests.search.control import Control
+from tests.search.in_process import Search
 
 ASHA = {"name": "pareto_asha", "grace_epochs": 3}
 METHODS: Mapping[str, dict[str, Any]] = {
@@ -84,19 +58,19 @@ METHODS: Mapping[str, dict[str, Any]] = {
 }
 FAMILIES = ["single", "shared", "grouped", "affinity", "dmtg", "interrogate"]
 SETTINGS: Mapping[str, dict[str, Any]] = {
-    "digits, mlp": {
+    "mlp": {
         "dataset": {"source": "digits", "options": {"samples": 2000}},
         "search": {"families": FAMILIES},
-        "budget": {"epochs": 20, "device_seconds": 60.0},
+        "budget": {"epochs": 20, "device_seconds": 30.0},
     },
-    "digits as images, cnn": {
+    "cnn": {
         "dataset": {"source": "digits", "options": {"samples": 1000}},
         "search": {
             "families": FAMILIES,
             "backbones": ["cnn"],
             "space": {family: {"width": [0.0625, 0.125, 0.25]} for family in FAMILIES},
         },
-        "budget": {"epochs": 10, "device_seconds": 120.0},
+        "budget": {"epochs": 10, "device_seconds": 60.0},
     },
 }
 REGRET = {
@@ -111,152 +85,6 @@ CONTROL = {
     "budget": {"epochs": 10, "trials": 20},
     "confirm": {"top": 3, "seeds": 5},
 }
-
-
-@dataclass
-class Watched(InMemoryStore):
-    """A store that notes what was charged when the front moved."""
-
-    curve: list[tuple[float, float]] = field(default_factory=list)
-    charged: float = 0.0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.curve = []
-        self._charged: dict[str, float] = {}
-
-    def _charge(self, what: str, device_seconds: float) -> None:
-        self._charged[what] = device_seconds
-        self.charged = sum(self._charged.values())
-
-    def measure(self, trial_id: str, measurement: Measurement) -> None:
-        super().measure(trial_id, measurement)
-        self._charge(trial_id, measurement.device_seconds)
-
-    def end_trial(self, trial_id: str, ending: Ending, front: FrontUpdate | None) -> None:
-        super().end_trial(trial_id, ending, front)
-        self._charge(trial_id, ending.device_seconds)
-        if front is not None and front.hypervolume is not None:
-            self.curve.append((self.charged, front.hypervolume))
-
-    def add_subsets(
-        self, setting: Setting, run: int, results: Sequence[SubsetResult], device_seconds: float
-    ) -> None:
-        super().add_subsets(setting, run, results, device_seconds)
-        self._charge(f"subsets {run}", device_seconds)
-
-    def add_affinity(self, setting: Setting, result: AffinityResult, device_seconds: float) -> None:
-        super().add_affinity(setting, result, device_seconds)
-        self._charge(f"affinity {result.seed}", device_seconds)
-
-    def add_confirmation(self, confirmation: Confirmation) -> None:
-        super().add_confirmation(confirmation)
-
-
-class Search:
-    """One job in this process.
-
-    Args:
-        document: Its spec.
-        after: Called with the search and the number of ended trials as each ends.
-    """
-
-    def __init__(
-        self, document: Mapping[str, Any], after: Callable[["Search", int], None] = lambda *_: None
-    ) -> None:
-        torch.set_num_threads(1)
-        self.plan = make_plan(JobSpec.model_validate(document))
-        self.store = Watched()
-        self._after = after
-        self._bench, self._yardstick = laboratory(self.plan)
-
-    def run(self) -> tuple[JobState, str | None]:
-        plan, store = self.plan, self.store
-        resumed = store.resume()
-        self.sampler = make_sampler(plan, self._yardstick)
-        scheduler = make_scheduler(plan.spec.search.scheduler, plan.objectives, plan.spec.budget.epochs)
-        store.use_setting(side_setting(plan))
-        with tempfile.TemporaryDirectory() as folder, Recorder(store) as recorder:
-            self._artifacts = FolderArtifacts(Path(folder))
-            self._controller = SearchController(
-                plan,
-                resumed,
-                {},
-                recorder,
-                self._artifacts,
-                Ledger(plan.spec.budget, resumed),
-                self.sampler,
-                scheduler,
-                make_reference_point(plan, self._yardstick),
-                concurrent=1,
-            )
-            ended = 0
-            while not self._controller.over:
-                order = self._controller.suggest()
-                if order is None:
-                    continue
-                if isinstance(order.work, Assignment):
-                    self._train(order, order.work)
-                    if not order.work.confirms:
-                        ended += 1
-                        recorder.flush()
-                        self._after(self, ended)
-                else:
-                    self._aside(order)
-            verdict = self._controller.verdict()
-            recorder.write(lambda store: store.finish(*verdict))
-            recorder.flush()
-        return verdict
-
-    def _train(self, order: Order, assignment: Assignment) -> None:
-        controller = self._controller
-        controller.started(order.id)
-        training = None
-        try:
-            training = Training(assignment, self._bench, self._yardstick)
-            while not training.done:
-                if not controller.measured(order.id, training.run_epoch()) and not training.done:
-                    return controller.stopped(order.id)
-            folder = self._artifacts.trial_folder(order.id)
-            controller.ended(order.id, training.finish(folder))
-        except Exception as error:  # as in the actor: it is the candidate's ending
-            spent = 0.0 if training is None else training.device_seconds
-            controller.ended(
-                order.id, Ending(state=TrialState.FAILED, reason=str(error), device_seconds=spent)
-            )
-        return None
-
-    def _aside(self, order: Order) -> None:
-        began = time.perf_counter()
-        if isinstance(order.work, SubsetRun):
-            outcome: Any = run_subsets(order.work, self._bench)
-        else:
-            assert not isinstance(order.work, Assignment)
-            outcome = run_affinity(order.work, self._bench)
-        self._controller.learned(order.id, outcome, time.perf_counter() - began)
-
-
-@cache
-def _laboratory(key: str) -> tuple[Bench, Yardstick]:
-    plan = make_plan(JobSpec.model_validate_json(key))
-    bench = make_bench(plan.tasks, plan.source.load(plan.options), cpus=1, gpus=0)
-    tasks = {task.name: task for task in plan.tasks}
-    references = {
-        key: train_reference(tasks[key.task], reference_candidate(key), key.seed, key.epochs, bench)
-        for key in yardstick_keys(plan)
-    }
-    return bench, make_yardstick(plan, references)
-
-
-def laboratory(plan: Plan) -> tuple[Bench, Yardstick]:
-    """Data and yardstick, which jobs that differ in how they search have in common."""
-    spec = plan.spec
-    same = {
-        "dataset": spec.dataset.model_dump(mode="json"),
-        "search": {"backbones": spec.search.backbones},
-        "budget": {"trials": 1, "epochs": spec.budget.epochs},
-    }
-    return _laboratory(JobSpec.model_validate(same).model_dump_json())
 
 
 # Hypervolume
@@ -284,17 +112,19 @@ def trace(setting: str, method: str, seed: int) -> Curve:
     return Curve(search.store.curve, len(search.store.trials))
 
 
-def volume(seeds: int, processes: int, png: Path | None) -> None:
+def volume(seeds: int, processes: int, settings: Sequence[str], png: Path | None) -> None:
     """Compare the methods."""
-    jobs = [(setting, method, seed) for seed in range(seeds) for setting in SETTINGS for method in METHODS]
+    jobs = [(setting, method, seed) for seed in range(seeds) for setting in settings for method in METHODS]
     with _pool(processes) as pool:
         curves = dict(zip(jobs, pool.map(trace, *zip(*jobs, strict=True)), strict=True))
-    for setting in SETTINGS:
+    for setting in settings:
         budget = SETTINGS[setting]["budget"]["device_seconds"]
         of = {method: [curves[setting, method, seed] for seed in range(seeds)] for method in METHODS}
         goal = fmean(curve.at(budget) for curve in of["random"])
         best = max(curve.at(budget) for found in of.values() for curve in found)
-        print(f"\n{setting}: {seeds} seeds, {budget:g} device-seconds each; hypervolume over the best found")
+        print(
+            f"\ndigits, {setting}: {seeds} seeds, {budget:g} device-seconds; hypervolume over the best found"
+        )
         print(
             f"{'method':24}{'trials':>7}{'at 1/6':>8}{'at 1/3':>8}{'at 2/3':>8}{'end':>8}   as random's end"
         )
@@ -308,21 +138,23 @@ def volume(seeds: int, processes: int, png: Path | None) -> None:
             trials = round(fmean(curve.trials for curve in found))
             print(f"{method:24}{trials:7}" + "".join(f"{share:8.4f}" for share in shares) + f"   {words}")
     if png is not None:
-        _plot(curves, seeds, png)
+        _plot(curves, settings, seeds, png)
 
 
 def _share(value: float) -> str:
     return f"{value:.2f}" if value <= 1 else "never"
 
 
-def _plot(curves: Mapping[tuple[str, str, int], Curve], seeds: int, png: Path) -> None:
+def _plot(
+    curves: Mapping[tuple[str, str, int], Curve], settings: Sequence[str], seeds: int, png: Path
+) -> None:
     import matplotlib as mpl
 
     mpl.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(SETTINGS), figsize=(6 * len(SETTINGS), 4.5), squeeze=False)
-    for axis, setting in zip(axes[0], SETTINGS, strict=True):
+    figure, axes = pyplot.subplots(1, len(settings), figsize=(6 * len(settings), 4.5), squeeze=False)
+    for axis, setting in zip(axes[0], settings, strict=True):
         budget = SETTINGS[setting]["budget"]["device_seconds"]
         times = np.linspace(budget / 60, budget, 240)
         best = max(curve.at(budget) for (name, _, _), curve in curves.items() if name == setting)
@@ -333,7 +165,9 @@ def _plot(curves: Mapping[tuple[str, str, int], Curve], seeds: int, png: Path) -
             lost = 1 - table / best
             axis.plot(times, lost.mean(axis=0), label=method)
         axis.set(
-            title=setting, xlabel="device-seconds", ylabel="share of the best hypervolume that is missing"
+            title=f"digits, {setting}",
+            xlabel="device-seconds",
+            ylabel="share of the best hypervolume that is missing",
         )
         axis.set_yscale("log")
         axis.grid(visible=True, which="both", alpha=0.3)
@@ -451,7 +285,7 @@ class _control:
 
 def _pool(processes: int) -> ProcessPoolExecutor:
     context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(processes, mp_context=context, max_tasks_per_child=None)
+    return ProcessPoolExecutor(processes, mp_context=context)
 
 
 def main() -> None:
@@ -460,10 +294,11 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["volume", "regret", "control"])
     parser.add_argument("--seeds", type=int)
     parser.add_argument("--processes", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--on", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     parser.add_argument("--png", type=Path)
     arguments = parser.parse_args()
     run = {
-        "volume": partial(volume, arguments.seeds or 5, arguments.processes, arguments.png),
+        "volume": partial(volume, arguments.seeds or 5, arguments.processes, arguments.on, arguments.png),
         "regret": partial(regrets, arguments.seeds or 10, arguments.processes),
         "control": partial(control, arguments.seeds or 10, arguments.processes),
     }
