@@ -348,7 +348,7 @@ def test_nothing_is_proposed_twice_and_a_small_space_is_used_up(make_search: Mak
 
 
 @given(data=st.data())
-@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=2, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_a_rebuilt_sampler_asks_and_wants_the_same(data: st.DataObject, make_search: MakeSearch) -> None:
     search = make_search(search={"backbones": [data.draw(st.sampled_from(["mlp", "cnn"]))]})
     sampler = search.sampler()

@@ -130,6 +130,7 @@ def test_a_rebuilt_nsga2_is_in_the_same_generation_with_the_same_parents(
         assert ask(search.sampler(trials[:stop]), stop) == ask_of(trials[stop]), stop
 
 
+@pytest.mark.slow
 @gp_warnings
 @pytest.mark.parametrize("families", [ALL, ["shared"]], ids=["all families", "shared"])
 def test_a_rebuilt_gp_proposes_what_the_first_one_did(families: list[str], tasks: TaskSet) -> None:
@@ -250,7 +251,7 @@ def test_tpe_learns_which_candidates_are_infeasible(
 
 
 @gp_warnings
-@pytest.mark.parametrize("name", ["tpe", "nsga2", "gp"])
+@pytest.mark.parametrize("name", ["tpe", "nsga2", pytest.param("gp", marks=pytest.mark.slow)])
 def test_a_rebuilt_sampler_knows_what_was_infeasible(name: str, tasks: TaskSet) -> None:
     bounds = [ConstraintSpec(metric="params", max=60), ConstraintSpec(metric="macs", min=20, max=50)]
     search = Search(tasks, name, ["shared"], constraints=bounds)
