@@ -18,9 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from coterie.models.backbones import Backbone
 from coterie.models.graph import Node
-from coterie.models.heads import feature_of, plan_head
 from coterie.models.static import Graph, StaticNetwork
-from coterie.models.tasks import Task
 
 WARMUP_RUNS = 10  # allocator and kernel caches are filled by then
 TIMED_RUNS = 50  # an odd run that the scheduler interrupts does not move their median
@@ -105,17 +103,7 @@ def sum_costs(costs: Iterable[Cost]) -> Cost:
 def unit_costs(backbone: Backbone) -> tuple[Cost, ...]:
     """Count each unit of a backbone, in order; allocates no weights."""
     shapes = (backbone.input_shape, *backbone.output_shapes)
-    return tuple(_chain_cost(unit.nodes, shape) for unit, shape in zip(backbone.plan(), shapes, strict=False))
-
-
-@lru_cache(maxsize=1024)
-def head_cost(task: Task, backbone: Backbone) -> Cost:
-    """Count a task's head; necks cost nothing. Allocates no weights.
-
-    Raises:
-        ValueError: If the backbone can't feed it.
-    """
-    return _chain_cost(plan_head(task, backbone), backbone.feature_shape(feature_of(task)))
+    return tuple(chain_cost(unit.nodes, shape) for unit, shape in zip(backbone.plan(), shapes, strict=False))
 
 
 def measure_latency_ms(network: nn.Module, input_shape: tuple[int, ...], device: torch.device) -> float:
@@ -228,7 +216,8 @@ def _count_params(network: nn.Module) -> int:
     return sum(parameter.numel() for parameter in network.parameters())
 
 
-def _chain_cost(nodes: Sequence[Node], shape: tuple[int, ...]) -> Cost:
+def chain_cost(nodes: Sequence[Node], shape: tuple[int, ...]) -> Cost:
+    """Count the layers of a chain on one input of this shape; allocates no weights."""
     graph = Graph(input_shape=shape, nodes=tuple(nodes), outputs={"": nodes[-1].name})
     return count_cost(StaticNetwork.empty(graph), shape)
 

@@ -1,10 +1,12 @@
 """The heads: what turns a backbone's features into one task's prediction."""
 
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 
 from torch import Tensor, nn
 
 from coterie.models.backbones import Backbone, Feature
+from coterie.models.cost import Cost, chain_cost
 from coterie.models.graph import INPUT, Chain, Node, node
 from coterie.models.tasks import DENSE, Task, TaskKind
 
@@ -90,3 +92,13 @@ class Necks(nn.ModuleDict):
     def forward(self, x: Tensor) -> dict[Feature, Tensor]:
         """Give each form of the last unit's output."""
         return {feature: neck(x) for feature, neck in self.items()}  # type: ignore[misc]
+
+
+@lru_cache(maxsize=1024)
+def head_cost(task: Task, backbone: Backbone) -> Cost:
+    """Count a task's head; necks cost nothing. Allocates no weights.
+
+    Raises:
+        ValueError: If the backbone can't feed it.
+    """
+    return chain_cost(plan_head(task, backbone), backbone.feature_shape(feature_of(task)))

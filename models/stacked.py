@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from coterie.models.backbones import MLP
-from coterie.models.cost import head_cost, sum_costs, unit_costs
+from coterie.models.cost import sum_costs, unit_costs
 from coterie.models.families.grouped import Grouped
 from coterie.models.families.shared import Shared
+from coterie.models.heads import head_cost
 from coterie.models.losses import LOSSES, labelled
 from coterie.models.tasks import DENSE, Grouping, Task, TaskKind, TaskSet
 

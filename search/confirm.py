@@ -485,8 +485,8 @@ class _Evidence:
     @property
     def _may_be_apart(self) -> bool:
         """Whether networks such as the yardstick's keep the job's limits on size: else they are no advice."""
-        constraints = self._plan.spec.constraints
-        return feasible({**self._yardstick_size}, [one for one in constraints if one.metric in SIZES])
+        bounds = [bound for bound in self._plan.spec.constraints if bound.metric in SIZES]
+        return not bounds or feasible({**self._yardstick_size}, bounds)
 
     def _over_yardstick(self, one: _Trained) -> str:
         return f"{one.macs / self._yardstick_macs:.2f}"

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from coterie.models.affinity import check_groups
 from coterie.models.backbones import Backbone
 from coterie.models.checks import check_number
-from coterie.models.cost import Cost, head_cost, sum_costs, unit_costs
+from coterie.models.cost import Cost, sum_costs, unit_costs
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.families.dmtg import CELEBA_TAU, DMTG, check_temperature, probe_epochs
 from coterie.models.families.grouped import check_split
 from coterie.models.families.interrogate import GatedNetwork, GatedTrunk, Gating
 from coterie.models.graph import INPUT
-from coterie.models.heads import Head, Necks
+from coterie.models.heads import Head, Necks, head_cost
 from coterie.models.pruning import PrunedAssembly, Value, prune_gated
 from coterie.models.static import Assembly, StaticNetwork
 from coterie.models.tasks import Grouping, TaskSet

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from coterie.models.backbones import Backbone
-from coterie.models.cost import Cost, head_cost, sum_costs, unit_costs
+from coterie.models.cost import Cost, sum_costs, unit_costs
 from coterie.models.families.base import Losses, MultiTaskNetwork
-from coterie.models.heads import Head, Necks
+from coterie.models.heads import Head, Necks, head_cost
 from coterie.models.losses import task_losses
 from coterie.models.static import Assembly, StaticNetwork
 from coterie.models.tasks import Grouping, TaskSet

@@ -19,10 +19,10 @@ from torch.optim.swa_utils import update_bn
 
 from coterie.models.backbones import Backbone, Unit
 from coterie.models.checks import check_number
-from coterie.models.cost import Cost, cost_by_node, head_cost, sum_costs
+from coterie.models.cost import Cost, cost_by_node, sum_costs
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.graph import INPUT, Chain, Node
-from coterie.models.heads import Head, Necks
+from coterie.models.heads import Head, Necks, head_cost
 from coterie.models.layers import channel_axis
 from coterie.models.losses import task_losses
 from coterie.models.pruning import GatedGraph, PrunedAssembly, Value, prune_gated

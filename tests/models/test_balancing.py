@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from coterie.models import balancing
 from coterie.models.backbones import MLP
 from coterie.models.balancing import BALANCINGS, DWA, Balancer, RandomWeighting, Uncertainty, build_balancer
+from coterie.models.cost import Cost
 from coterie.models.families import DMTG, Grouped, InterroGate, Shared, Single
 from coterie.models.families.base import Losses, MultiTaskNetwork
 from coterie.models.static import StaticNetwork
@@ -85,6 +86,9 @@ class Toy(MultiTaskNetwork):
         return Losses(self.rows_TP @ self.shared + 3 * own_T + 1, 5 * self.shared[0] + 7 * self.own[0])
 
     def prune(self) -> StaticNetwork:
+        raise NotImplementedError
+
+    def expected_cost(self) -> Cost:
         raise NotImplementedError
 
     def trunks(self) -> list[list[nn.Module]]:

@@ -9,9 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from coterie.models.backbones import BACKBONES, MLP, Backbone
-from coterie.models.cost import Cost, count_cost, head_cost, macs_by_node, sum_costs, unit_costs
+from coterie.models.cost import Cost, count_cost, macs_by_node, sum_costs, unit_costs
 from coterie.models.families import InterroGate, MultiTaskNetwork, Single, build_network
 from coterie.models.families.interrogate import GATE_LIMIT, GatedTrunk
+from coterie.models.heads import head_cost
 from coterie.models.layers import BatchNorm
 from coterie.models.static import StaticNetwork
 from coterie.models.tasks import Task, TaskKind, TaskSet

@@ -107,7 +107,9 @@ def test_a_job_of_dense_tasks_runs_to_its_front(bench: Bench, tmp_path: Path) ->
     front = Front(plan.objectives, make_reference_point(plan, yardstick))
     sampler = OptunaSampler("tpe", plan.space, plan.objectives, [], seed=0)
     for number in range(2):
-        candidate, _ = sampler.ask(number)
+        proposal = sampler.ask(number)
+        assert proposal is not None
+        candidate = proposal.candidate
         training = Training(
             Assignment(trial_id=f"trial_{number}", candidate=candidate, seed=number, epochs=2),
             bench,
@@ -119,7 +121,8 @@ def test_a_job_of_dense_tasks_runs_to_its_front(bench: Bench, tmp_path: Path) ->
         assert ending.state is TrialState.COMPLETED
         assert "total_error" not in ending.values
         assert set(ending.tasks["normals"]["test"]) == set(KIND_METRICS[TaskKind.NORMALS])
-        assert all(value is not None and np.isfinite(value) for value in ending.values.values())
+        measured = {name: value for name, value in ending.values.items() if name != "delta_m_own_width"}
+        assert all(value is not None and np.isfinite(value) for value in measured.values())
         volume = front.insert(f"trial_{number}", ending.values).hypervolume
         assert volume is not None
         assert volume > 0
