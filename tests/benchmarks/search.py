@@ -68,7 +68,7 @@ SETTINGS: Mapping[str, dict[str, Any]] = {
         "search": {
             "families": FAMILIES,
             "backbones": ["cnn"],
-            "space": {family: {"width": [0.0625, 0.125, 0.25]} for family in FAMILIES},
+            "space": {family: {"width": [0.125, 0.25]} for family in FAMILIES},
         },
         "budget": {"epochs": 10, "device_seconds": 60.0},
     },
