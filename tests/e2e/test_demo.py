@@ -94,7 +94,8 @@ def run_demo(folder: Path) -> str:
 
 def check_front(output: str, folder: Path) -> None:
     on_front = {trial["id"]: trial for trial in trials_of(folder, "demo") if trial["on_front"]}
-    shown = {line.split()[0]: line.split() for line in output.splitlines() if line.startswith("trial_")}
+    table = output.partition("The front:")[2].partition("Tasks:")[0]
+    shown = {line.split()[0]: line.split() for line in table.splitlines() if line.startswith("trial_")}
     assert len(shown) >= 3
     assert shown.keys() == on_front.keys()
     for trial_id, (_, family, _, delta_m, macs, params, error) in shown.items():
@@ -124,7 +125,7 @@ def check_verdict(output: str, folder: Path) -> None:
     for trial_id, gains in points.items():
         assert trial_id in on_front
         assert len(gains) == 5
-        assert f"{statistics.mean(gains):+.2f} ± {statistics.stdev(gains):.2f}" in output
+        assert f"{statistics.mean(gains):+.1f} ± {statistics.stdev(gains):.1f}" in output
 
 
 def check_snippet(output: str, folder: Path) -> None:
