@@ -96,7 +96,7 @@ def check_front(output: str, folder: Path) -> None:
     on_front = {trial["id"]: trial for trial in trials_of(folder, "demo") if trial["on_front"]}
     table = output.partition("The front:")[2].partition("Tasks:")[0]
     shown = {line.split()[0]: line.split() for line in table.splitlines() if line.startswith("trial_")}
-    assert len(shown) >= 3
+    assert shown  # two trials run at a time, so how many end on the front differs from run to run
     assert shown.keys() == on_front.keys()
     for trial_id, (_, family, _, delta_m, macs, params, error) in shown.items():
         trial = on_front[trial_id]
