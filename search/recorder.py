@@ -3,17 +3,20 @@
 import logging
 import queue
 import threading
+import time
 from collections.abc import Callable
-from typing import Self
+from typing import Self, TypeVar
 
 from coterie.search.store import Fenced, StoreUnavailable, TrialStore
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 BEAT_SECONDS = 2.0  # how often an idle recorder says that it lives; a lease outlasts several of them
 YIELD_SECONDS = 0.01  # about what the search needs to propose the next trial and hand it to Ray
 FIRST_RETRY_SECONDS = 0.5
-LONGEST_RETRY_SECONDS = 10.0
+LONGEST_RETRY_SECONDS = 5.0  # a lease outlasts several of them
 
 
 class Recorder:
@@ -48,6 +51,11 @@ class Recorder:
     def write(self, action: Callable[[TrialStore], None]) -> None:
         """Apply `action` to the store after all that was written before."""
         self._queue.put(action)
+
+    @property
+    def behind(self) -> int:
+        """How many writes wait to be applied."""
+        return self._queue.qsize()
 
     def flush(self) -> None:
         """Wait until every write so far is durable.
@@ -87,15 +95,32 @@ class Recorder:
             self._stop.wait(YIELD_SECONDS)
 
     def _apply(self, action: Callable[[TrialStore], None]) -> None:
-        wait = FIRST_RETRY_SECONDS
-        while True:
-            try:
-                return action(self._store)
-            except StoreUnavailable as error:
-                logger.warning("the store is away, trying again in %.1f s: %s", wait, error)
-                if self._stop.wait(wait):
-                    raise
-                wait = min(2 * wait, LONGEST_RETRY_SECONDS)
+        patiently(lambda: action(self._store), self._stop)
+
+
+def patiently(action: Callable[[], T], stop: threading.Event | None = None) -> T:
+    """What `action` gives, tried again for as long as the store is away.
+
+    Raises:
+        StoreUnavailable: If it was still away when `stop` was set.
+    """
+    stop, wait = stop or threading.Event(), FIRST_RETRY_SECONDS
+    began, next_word = time.monotonic(), 0.0
+    while True:
+        try:
+            found = action()
+        except StoreUnavailable as error:
+            away = time.monotonic() - began
+            if away >= next_word:  # twice as rarely each time: it may take days
+                logger.warning("the store is away, for %.0f s so far: %s", away, error)
+                next_word = 2 * max(away, wait)
+            if stop.wait(wait):
+                raise
+            wait = min(2 * wait, LONGEST_RETRY_SECONDS)
+        else:
+            if next_word:
+                logger.warning("the store is back after %.0f s", time.monotonic() - began)
+            return found
 
 
 def _beat(store: TrialStore) -> None:

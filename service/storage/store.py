@@ -1,16 +1,19 @@
 """The SQL `TrialStore`: a driver's view of its own job."""
 
+import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+import secrets
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, astuple, dataclass, fields
 from datetime import UTC, datetime, timedelta
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec
 
-from sqlalchemy import Select, func, or_, select, update
-from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session
+from sqlalchemy import ColumnElement, func, or_, select, tuple_, update
+from sqlalchemy.orm import Session, defer
 
 from coterie.search.store import (
     ENDED,
@@ -34,7 +37,9 @@ from coterie.search.store import (
     TrialState,
     Verdict,
 )
-from coterie.service.storage.database import Database, append_in_order
+from coterie.service.storage.database import Database, append_in_order, insert
+from coterie.service.storage.events import EventKind, record_event
+from coterie.service.storage.states import count_trial, end_job, move_trial, tell_trial
 from coterie.service.storage.tables import (
     AffinityRow,
     AttemptRow,
@@ -45,17 +50,114 @@ from coterie.service.storage.tables import (
     MeasurementRow,
     ReferenceRow,
     SubsetRow,
-    Table,
+    TenantUsageRow,
     TrialRow,
+    TrialValueRow,
 )
+from coterie.service.storage.tenants import month_of
 
 LEASE = timedelta(seconds=30)
+CLOCK_DIGITS = 3  # of seconds: a finer clock would only be longer to print
+
+Arguments = ParamSpec("Arguments")
+
+
+@dataclass
+class _Write:
+    """A transaction that holds the job's row, of the attempt that is the current one.
+
+    Attributes:
+        charged: Device-seconds that the tenant is yet to be charged.
+    """
+
+    session: Session
+    job: JobRow
+    attempt: AttemptRow
+    now: datetime
+    charged: float = 0.0
+
+    def tell(self, kind: EventKind, **data: Any) -> None:
+        record_event(self.session, self.job, kind, data, self.now)
+
+    def move(self, trial: TrialRow, state: TrialState) -> None:
+        move_trial(self.session, self.job, trial, state, self.now)
+
+    def run(self, trial: TrialRow) -> None:
+        trial.started_at = trial.started_at or self.now
+        self.move(trial, TrialState.RUNNING)
+
+    def charge(self, device_seconds: float) -> None:
+        self.job.device_seconds += device_seconds
+        self.charged += device_seconds
+
+    def charge_trial(self, trial: TrialRow, device_seconds: float) -> None:
+        self.charge(device_seconds - trial.device_seconds)
+        trial.device_seconds = device_seconds
+
+    def charge_side(self, device_seconds: float) -> None:
+        self.attempt.side_device_seconds += device_seconds
+        self.charge(device_seconds)
+
+    def own(self, trial_id: str) -> TrialRow:
+        row = self.session.scalar(
+            select(TrialRow).where(TrialRow.id == trial_id, TrialRow.job_id == self.job.id)
+        )
+        if row is None:
+            raise KeyError(trial_id)
+        return row
+
+    def live(self, trial_id: str) -> TrialRow:
+        row = self.own(trial_id)
+        if row.state in ENDED:
+            raise TrialEnded(f"trial {trial_id} is {row.state}: an ended trial never changes")
+        return row
+
+    def finish(self) -> None:
+        """Write all that changed, and charge the tenant: last, as its drivers wait for each other there."""
+        self.session.flush()
+        if not self.charged:
+            return
+        row = {"tenant": self.job.tenant, "month": month_of(self.now), "device_seconds": self.charged}
+        self.session.execute(
+            insert(self.session, TenantUsageRow)
+            .values(row)
+            .on_conflict_do_update(
+                index_elements=[TenantUsageRow.tenant, TenantUsageRow.month],
+                set_={"device_seconds": TenantUsageRow.device_seconds + self.charged},
+            )
+        )
+
+
+def _write(
+    body: Callable[Concatenate["SqlTrialStore", _Write, Arguments], None],
+) -> Callable[Concatenate["SqlTrialStore", Arguments], None]:
+    """Make `body` one write of the store: in a transaction, fenced, and done once however often it is tried.
+
+    The attempt's row holds a digest of the newest write. A write that finds its own there was kept by an
+    earlier try whose answer was lost.
+    """
+
+    @wraps(body)
+    def write(store: "SqlTrialStore", /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        with store._lock:
+            what = repr((store._name, store._written, body.__name__, args, kwargs))
+            digest = hashlib.sha256(what.encode()).hexdigest()
+            # Without autoflush a row is written once, with all that changed in it.
+            with store._database.write() as session, session.no_autoflush:
+                entered = store._enter(session, digest)
+                if entered is not None:
+                    body(store, entered, *args, **kwargs)
+                    entered.finish()
+            store._written += 1
+
+    return write
 
 
 class SqlTrialStore:
     """`TrialStore` of one attempt at one job. Every write also extends the attempt's lease.
 
-    Numbers that are not finite are stored as None: JSON has no word for them.
+    Numbers that are not finite are stored as None: JSON has no word for them. The job is charged the time
+    from here to the last write.
 
     Args:
         database: Where the job is.
@@ -69,6 +171,10 @@ class SqlTrialStore:
         self._job_id = job_id
         self._attempt = attempt
         self._lease = lease
+        self._began = time.monotonic()
+        self._lock = threading.Lock()
+        self._name = secrets.token_hex(8)  # no other store's write is taken for one of its own
+        self._written = 0
 
     def resume(self) -> Resumed:  # noqa: D102 - TrialStore says it
         with self._database.read() as session:
@@ -78,11 +184,7 @@ class SqlTrialStore:
             attempts = session.scalars(select(AttemptRow).where(AttemptRow.job_id == self._job_id)).all()
             return Resumed(
                 trials=[_trial(row) for row in rows],
-                seconds=sum(
-                    (row.last_seen_at - row.started_at).total_seconds()
-                    for row in attempts
-                    if row.attempt < self._attempt
-                ),
+                seconds=sum(row.seconds for row in attempts if row.attempt < self._attempt),
                 side_device_seconds=sum(row.side_device_seconds for row in attempts),
                 reference_point=session.scalar(
                     select(JobRow.reference_point).where(JobRow.id == self._job_id)
@@ -97,93 +199,116 @@ class SqlTrialStore:
                 ],
             )
 
-    def beat(self) -> None:  # noqa: D102
-        with self._writing():
-            pass
+    @_write
+    def beat(self, write: _Write) -> None:  # noqa: D102
+        pass
 
-    def add_trial(self, trial: Trial) -> None:  # noqa: D102
-        columns = {
-            "id": trial.id,
-            "job_id": self._job_id,
-            "number": trial.number,
-            "state": trial.state,
-            "family": trial.candidate.family,
-            "backbone": trial.candidate.backbone,
-            "parameters": _finite(trial.candidate.parameters),
-            "choices": _finite(trial.choices),
-            "seed": trial.seed,
-            "origin": trial.origin,
-            "values": {},
-            "test": {},
-            "tasks": {},
-            "epochs": trial.epochs,
-            "device_seconds": trial.device_seconds,
-            "crashes": trial.crashes,
-            "on_front": False,
-            "files": {},
+    @_write
+    def add_trial(self, write: _Write, trial: Trial) -> None:  # noqa: D102
+        same_number = (TrialRow.job_id == self._job_id) & (TrialRow.number == trial.number)
+        twins = select(TrialRow.id).where(or_(TrialRow.id == trial.id, same_number))
+        if write.session.scalars(twins).first() is not None:
+            raise ValueError(f"trial {trial.id}, number {trial.number}: id and number must be new")
+        row = TrialRow(
+            id=trial.id,
+            job_id=self._job_id,
+            number=trial.number,
+            state=trial.state,
+            family=trial.candidate.family,
+            backbone=trial.candidate.backbone,
+            parameters=_finite(trial.candidate.parameters),
+            choices=_finite(trial.choices),
+            seed=trial.seed,
+            origin=trial.origin,
+            values={},
+            test={},
+            tasks={},
+            epochs=trial.epochs,
+            device_seconds=trial.device_seconds,
+            crashes=trial.crashes,
+            on_front=False,
+            files={},
+        )
+        write.session.add(row)
+        write.charge(trial.device_seconds)
+        count_trial(write.job, trial.state, 1)
+        tell_trial(write.session, write.job, row, write.now)
+
+    @_write
+    def start_trial(self, write: _Write, trial_id: str) -> None:  # noqa: D102
+        write.run(write.live(trial_id))
+
+    @_write
+    def measure(self, write: _Write, trial_id: str, measurement: Measurement) -> None:  # noqa: D102
+        trial = write.live(trial_id)
+        trial.epochs = measurement.epoch
+        trial.worker = measurement.worker
+        write.charge_trial(trial, measurement.device_seconds)
+        write.run(trial)
+        values = _finite(measurement.values)
+        row = {
+            "values": values,
+            "tasks": _finite(measurement.tasks),
+            "device_seconds": measurement.device_seconds,
+            "worker": measurement.worker,
+            "at": write.now,
         }
-        with self._writing() as session:
-            same_number = (TrialRow.job_id == self._job_id) & (TrialRow.number == trial.number)
-            stored = session.scalars(select(TrialRow).where(or_(TrialRow.id == trial.id, same_number))).all()
-            if not stored:
-                session.add(TrialRow(**columns))
-            elif not all(_holds(row, columns) for row in stored):
-                raise ValueError(f"trial {trial.id}, number {trial.number}: id and number must be new")
+        write.session.execute(
+            insert(write.session, MeasurementRow)
+            .values(trial_id=trial_id, epoch=measurement.epoch, **row)
+            .on_conflict_do_update(index_elements=[MeasurementRow.trial_id, MeasurementRow.epoch], set_=row)
+        )
+        write.tell(
+            EventKind.MEASUREMENT,
+            trial_id=trial_id,
+            number=trial.number,
+            epoch=measurement.epoch,
+            values=values,
+            device_seconds=measurement.device_seconds,
+        )
 
-    def start_trial(self, trial_id: str) -> None:  # noqa: D102
-        with self._writing() as session:
-            _run(self._live(session, trial_id))
+    @_write
+    def preempt(self, write: _Write, trial_id: str) -> None:  # noqa: D102
+        trial = write.live(trial_id)
+        trial.crashes += 1
+        write.move(trial, TrialState.PENDING)
 
-    def measure(self, trial_id: str, measurement: Measurement) -> None:  # noqa: D102
-        with self._writing() as session:
-            row = self._live(session, trial_id)
-            _run(row)
-            row.epochs = measurement.epoch
-            row.device_seconds = measurement.device_seconds
-            row.worker = measurement.worker
-            session.merge(
-                MeasurementRow(
-                    trial_id=trial_id,
-                    epoch=measurement.epoch,
-                    values=_finite(measurement.values),
-                    tasks=_finite(measurement.tasks),
-                    device_seconds=measurement.device_seconds,
-                    worker=measurement.worker,
-                    at=_now(),
-                )
+    @_write
+    def end_trial(  # noqa: D102
+        self, write: _Write, trial_id: str, ending: Ending, front: FrontUpdate | None
+    ) -> None:
+        trial = write.live(trial_id)
+        trial.reason = ending.reason
+        trial.values = _finite(ending.values)
+        trial.test = _finite(ending.test)
+        trial.tasks = _finite(ending.tasks)
+        trial.grouping = ending.grouping
+        trial.epochs = ending.epochs
+        trial.files = {
+            name: {"size": file.size, "sha256": file.sha256} for name, file in ending.files.items()
+        }
+        trial.attempt = self._attempt
+        trial.ended_at = write.now
+        trial.on_front = front is not None and front.on_front
+        write.charge_trial(trial, ending.device_seconds)
+        write.job.stored_bytes += sum(file.size for file in ending.files.values())
+        write.move(trial, ending.state)
+        if ending.state in (TrialState.COMPLETED, TrialState.STOPPED):
+            write.session.add_all(
+                TrialValueRow(job_id=self._job_id, metric=metric, number=trial.number, value=value)
+                for metric, value in trial.values.items()
+                if value is not None
             )
+        if front is not None:
+            _move_front(write, trial, front)
 
-    def preempt(self, trial_id: str) -> None:  # noqa: D102
-        with self._writing() as session:
-            row = self._live(session, trial_id)
-            row.state = TrialState.PENDING
-            row.crashes += 1
-
-    def end_trial(self, trial_id: str, ending: Ending, front: FrontUpdate | None) -> None:  # noqa: D102
-        with self._writing() as session:
-            row = self._live(session, trial_id)
-            row.state = ending.state
-            row.reason = ending.reason
-            row.values = _finite(ending.values)
-            row.test = _finite(ending.test)
-            row.tasks = _finite(ending.tasks)
-            row.grouping = ending.grouping
-            row.epochs = ending.epochs
-            row.device_seconds = ending.device_seconds
-            row.files = {
-                name: {"size": file.size, "sha256": file.sha256} for name, file in ending.files.items()
-            }
-            row.attempt = self._attempt
-            row.ended_at = _now()
-            if front is not None:
-                self._move_front(session, row, front)
-
-    def set_reference_point(self, point: Mapping[str, float]) -> None:  # noqa: D102
-        self._change_job(reference_point=dict(point))
+    @_write
+    def set_reference_point(self, write: _Write, point: Mapping[str, float]) -> None:  # noqa: D102
+        write.job.reference_point = dict(point)
 
     def find_references(self, keys: Sequence[ReferenceKey]) -> dict[ReferenceKey, Reference]:  # noqa: D102
         with self._database.read() as session:
-            found = {key: session.scalar(_reference_query(key)) for key in keys}
+            rows = self._stored_references(session, self._tenant(), keys)
         return {
             key: Reference(
                 validation=row.validation,
@@ -191,31 +316,35 @@ class SqlTrialStore:
                 device_seconds=row.device_seconds,
                 latency_ms=row.latency_ms,
             )
-            for key, row in found.items()
-            if row is not None
+            for key, row in rows.items()
         }
 
-    def add_reference(self, key: ReferenceKey, reference: Reference) -> None:  # noqa: D102
-        with self._writing() as session:
-            self._charge(session, reference.device_seconds)
-            row = ReferenceRow(
+    @_write
+    def add_reference(self, write: _Write, key: ReferenceKey, reference: Reference) -> None:  # noqa: D102
+        write.charge_side(reference.device_seconds)
+        write.session.execute(
+            insert(write.session, ReferenceRow)
+            .values(
+                tenant=write.job.tenant,
                 **asdict(key),
                 validation=_finite(reference.validation),
                 test=_finite(reference.test),
                 device_seconds=reference.device_seconds,
                 latency_ms=reference.latency_ms,
-                at=_now(),
+                at=write.now,
             )
-            with suppress(IntegrityError), session.begin_nested():  # another job was faster
-                session.add(row)
+            .on_conflict_do_nothing()  # another job was faster
+        )
 
-    def use_references(self, keys: Sequence[ReferenceKey]) -> None:  # noqa: D102
-        with self._writing() as session:
-            for key in keys:
-                reference = session.scalar(_reference_query(key))
-                if reference is None:
-                    raise KeyError(key)
-                session.merge(JobReferenceRow(job_id=self._job_id, reference=reference.position))
+    @_write
+    def use_references(self, write: _Write, keys: Sequence[ReferenceKey]) -> None:  # noqa: D102
+        rows = self._stored_references(write.session, write.job.tenant, keys)
+        missing = [key for key in keys if key not in rows]
+        if missing:
+            raise KeyError(missing[0])
+        uses = [{"job_id": self._job_id, "reference": row.position} for row in rows.values()]
+        if uses:
+            write.session.execute(insert(write.session, JobReferenceRow).on_conflict_do_nothing(), uses)
 
     def measurements_at(self, epochs: Sequence[int]) -> dict[str, dict[int, Measurement]]:  # noqa: D102
         found: dict[str, dict[int, Measurement]] = {}
@@ -236,214 +365,207 @@ class SqlTrialStore:
             rows = visible_subsets(session, job, setting)
         return [subset_of(row, self._job_id) for row in rows]
 
+    @_write
     def add_subsets(  # noqa: D102
-        self, setting: Setting, run: int, results: Sequence[SubsetResult], device_seconds: float
+        self,
+        write: _Write,
+        setting: Setting,
+        run: int,
+        results: Sequence[SubsetResult],
+        device_seconds: float,
     ) -> None:
-        columns = [
-            {
+        append_in_order(write.session, SubsetRow.__tablename__)
+        of_run = (SubsetRow.job_id == self._job_id) & (SubsetRow.run == run)
+        if write.session.scalar(select(SubsetRow.position).where(of_run).limit(1)) is not None:
+            raise ValueError(f"run: must be new, {run} holds other results")
+        write.charge_side(device_seconds)
+        for result in results:
+            row = SubsetRow(
+                tenant=write.job.tenant,
+                job_id=self._job_id,
+                run=run,
                 **asdict(setting),
-                "job_id": self._job_id,
-                "run": run,
-                "subset": _weighted(result),
-                "seed": result.seed,
-                "validation": _finite(result.validation),
-                "test": _finite(result.test),
-            }
-            for result in results
-        ]
-        with self._writing() as session:
-            append_in_order(session, SubsetRow.__tablename__)
-            stored = session.scalars(
-                select(SubsetRow)
-                .where(SubsetRow.job_id == self._job_id, SubsetRow.run == run)
-                .order_by(SubsetRow.position)
-            ).all()
-            if not stored:
-                self._charge(session, device_seconds)
-                for new in columns:
-                    session.add(SubsetRow(**new, at=_now()))
-                    session.flush()  # one by one: their order is the results'
-            elif len(stored) != len(columns) or not all(map(_holds, stored, columns)):
-                raise ValueError(f"run: must be new, {run} holds other results")
+                subset=_weighted(result),
+                seed=result.seed,
+                validation=_finite(result.validation),
+                test=_finite(result.test),
+                at=write.now,
+            )
+            write.session.add(row)
+            write.session.flush()  # one by one: their order is the results'
 
     def find_affinities(self, setting: Setting) -> list[AffinityResult]:  # noqa: D102
         with self._database.read() as session:
             rows = session.scalars(
-                select(AffinityRow).filter_by(**asdict(setting)).order_by(AffinityRow.position)
+                select(AffinityRow)
+                .filter_by(**asdict(setting))
+                .where(AffinityRow.tenant == self._tenant())
+                .order_by(AffinityRow.position)
             )
             return [affinity_of(row) for row in rows]
 
+    @_write
     def add_affinity(  # noqa: D102
-        self, setting: Setting, result: AffinityResult, device_seconds: float
+        self, write: _Write, setting: Setting, result: AffinityResult, device_seconds: float
     ) -> None:
-        key = {
-            **asdict(setting),
-            "method": result.method,
-            "tasks": _weighted(result),
-            "seed": result.seed,
-        }
-        mine = {"job_id": self._job_id, "matrix": _finite(result.matrix)}
-        with self._writing() as session:
-            append_in_order(session, AffinityRow.__tablename__)
-            stored = session.scalar(select(AffinityRow).filter_by(**key))
-            if stored is not None and stored.job_id == self._job_id:
-                if not _holds(stored, mine):
-                    raise ValueError(f"result: must be the first of its tasks and seed, found {result}")
-                return
-            self._charge(session, device_seconds)
-            if stored is None:
-                session.add(AffinityRow(**key, **mine, at=_now()))
-
-    def charge_side(self, device_seconds: float) -> None:  # noqa: D102
-        with self._writing() as session:
-            self._charge(session, device_seconds)
-
-    def use_setting(self, setting: Setting) -> None:  # noqa: D102
-        self._change_job(side_setting=asdict(setting))
-
-    def add_confirmation(self, confirmation: Confirmation) -> None:  # noqa: D102
-        ending = confirmation.ending
-        columns = {
-            "trial_id": confirmation.trial_id,
-            "role": confirmation.role,
-            "seed": confirmation.seed,
-            "job_id": self._job_id,
-            "state": ending.state,
-            "reason": ending.reason,
-            "family": confirmation.candidate.family,
-            "backbone": confirmation.candidate.backbone,
-            "parameters": _finite(confirmation.candidate.parameters),
-            "grouping": ending.grouping,
-            "values": _finite(ending.values),
-            "test": _finite(ending.test),
-            "tasks": _finite(ending.tasks),
-            "epochs": ending.epochs,
-            "device_seconds": ending.device_seconds,
-        }
-        with self._writing() as session:
-            self._own(session, confirmation.trial_id)
-            stored = session.get(
-                ConfirmationRow, (confirmation.trial_id, confirmation.role, confirmation.seed)
-            )
-            if stored is None:
-                self._charge(session, ending.device_seconds)
-                last = session.scalar(
-                    select(func.max(ConfirmationRow.sequence)).where(ConfirmationRow.job_id == self._job_id)
-                )
-                session.add(ConfirmationRow(**columns, sequence=(last or 0) + 1, at=_now()))
-            elif not _holds(stored, columns):
-                raise ValueError(
-                    f"confirmation: trial, role and seed must be new, found {confirmation.trial_id}, "
-                    f"{confirmation.role}, {confirmation.seed}"
-                )
-
-    def set_verdict(self, verdict: Verdict) -> None:  # noqa: D102
-        self._change_job(verdict=asdict(verdict))
-
-    def set_estimate(self, seconds_left: float | None) -> None:  # noqa: D102
-        self._change_job(eta_seconds=seconds_left, eta_at=None if seconds_left is None else _now())
-
-    def finish(self, state: JobState, reason: str | None) -> None:  # noqa: D102
-        now = _now()
-        with self._writing() as session:
-            end_job(session, self._job_id, state, reason, now)
-
-    @contextmanager
-    def _writing(self) -> Iterator[Session]:
-        """A transaction that holds the job's row and has seen that this attempt is the current one."""
-        now = _now()
-        with self._database.write() as session:
-            current = session.execute(
-                update(JobRow)
-                .where(
-                    JobRow.id == self._job_id,
-                    JobRow.attempt == self._attempt,
-                    JobRow.state == JobState.RUNNING,
-                )
-                .values(lease_expires_at=now + self._lease)
-                .returning(JobRow.id)
-            ).first()
-            if current is None:
-                raise Fenced(f"attempt {self._attempt} at {self._job_id} is over")
-            session.execute(
-                update(AttemptRow)
-                .where(AttemptRow.job_id == self._job_id, AttemptRow.attempt == self._attempt)
-                .values(last_seen_at=now)
-            )
-            yield session
-
-    def _change_job(self, **values: object) -> None:
-        with self._writing() as session:
-            session.execute(update(JobRow).where(JobRow.id == self._job_id).values(**values))
-
-    def _charge(self, session: Session, device_seconds: float) -> None:
-        session.execute(
-            update(AttemptRow)
-            .where(AttemptRow.job_id == self._job_id, AttemptRow.attempt == self._attempt)
-            .values(side_device_seconds=AttemptRow.side_device_seconds + device_seconds)
-        )
-
-    def _own(self, session: Session, trial_id: str) -> TrialRow:
-        row = session.scalar(select(TrialRow).where(TrialRow.id == trial_id, TrialRow.job_id == self._job_id))
-        if row is None:
-            raise KeyError(trial_id)
-        return row
-
-    def _live(self, session: Session, trial_id: str) -> TrialRow:
-        row = self._own(session, trial_id)
-        if row.state in ENDED:
-            raise TrialEnded(f"trial {trial_id} is {row.state}: an ended trial never changes")
-        return row
-
-    def _move_front(self, session: Session, row: TrialRow, front: FrontUpdate) -> None:
-        row.on_front = front.on_front
-        session.execute(
-            update(TrialRow)
-            .where(TrialRow.job_id == self._job_id, TrialRow.id.in_(front.displaced))
-            .values(on_front=False)
-        )
-        session.execute(update(JobRow).where(JobRow.id == self._job_id).values(hypervolume=front.hypervolume))
-        before = session.scalar(
-            select(func.max(FrontHistoryRow.sequence)).where(FrontHistoryRow.job_id == self._job_id)
-        )
-        session.add(
-            FrontHistoryRow(
+        append_in_order(write.session, AffinityRow.__tablename__)
+        write.charge_side(device_seconds)
+        write.session.execute(
+            insert(write.session, AffinityRow)
+            .values(
+                tenant=write.job.tenant,
                 job_id=self._job_id,
-                sequence=(before or 0) + 1,
-                trial_id=row.id,
-                hypervolume=front.hypervolume,
-                size=front.size,
-                at=_now(),
+                **asdict(setting),
+                method=result.method,
+                tasks=_weighted(result),
+                seed=result.seed,
+                matrix=_finite(result.matrix),
+                at=write.now,
+            )
+            .on_conflict_do_nothing()  # another job was faster
+        )
+
+    @_write
+    def charge_side(self, write: _Write, device_seconds: float) -> None:  # noqa: D102
+        write.charge_side(device_seconds)
+
+    @_write
+    def use_setting(self, write: _Write, setting: Setting) -> None:  # noqa: D102
+        write.job.side_setting = asdict(setting)
+
+    @_write
+    def add_confirmation(self, write: _Write, confirmation: Confirmation) -> None:  # noqa: D102
+        write.own(confirmation.trial_id)
+        key = confirmation.trial_id, confirmation.role, confirmation.seed
+        if write.session.get(ConfirmationRow, key) is not None:
+            raise ValueError(
+                f"confirmation: trial, role and seed must be new, found {', '.join(map(str, key))}"
+            )
+        ending, candidate = confirmation.ending, confirmation.candidate
+        last = write.session.scalar(
+            select(func.max(ConfirmationRow.sequence)).where(ConfirmationRow.job_id == self._job_id)
+        )
+        write.charge_side(ending.device_seconds)
+        write.session.add(
+            ConfirmationRow(
+                trial_id=confirmation.trial_id,
+                role=confirmation.role,
+                seed=confirmation.seed,
+                sequence=(last or 0) + 1,
+                job_id=self._job_id,
+                state=ending.state,
+                reason=ending.reason,
+                family=candidate.family,
+                backbone=candidate.backbone,
+                parameters=_finite(candidate.parameters),
+                grouping=ending.grouping,
+                values=_finite(ending.values),
+                test=_finite(ending.test),
+                tasks=_finite(ending.tasks),
+                epochs=ending.epochs,
+                device_seconds=ending.device_seconds,
+                at=write.now,
             )
         )
 
+    @_write
+    def set_verdict(self, write: _Write, verdict: Verdict) -> None:  # noqa: D102
+        write.job.verdict = asdict(verdict)
 
-def end_job(session: Session, job_id: str, state: JobState, reason: str | None, now: datetime) -> None:
-    """End a job, its current attempt, and its unfinished trials with it."""
-    session.execute(
-        update(JobRow)
-        .where(JobRow.id == job_id)
-        .values(
-            state=state, reason=reason, ended_at=now, lease_expires_at=None, eta_seconds=None, eta_at=None
+    @_write
+    def set_estimate(self, write: _Write, seconds_left: float | None) -> None:  # noqa: D102
+        write.job.eta_seconds = seconds_left
+        write.job.eta_at = None if seconds_left is None else write.now
+
+    @_write
+    def finish(self, write: _Write, state: JobState, reason: str | None) -> None:  # noqa: D102
+        end_job(write.session, write.job, state, reason, write.now)
+
+    def _enter(self, session: Session, digest: str) -> _Write | None:
+        """Lock the job and say that its driver lives; None where the write of this digest was kept before.
+
+        Raises:
+            Fenced: If this attempt is not the current one.
+        """
+        now = datetime.now(UTC)
+        query = (
+            select(JobRow, AttemptRow)
+            .join(AttemptRow, AttemptRow.job_id == JobRow.id)
+            .where(JobRow.id == self._job_id, AttemptRow.attempt == self._attempt)
+            .options(defer(JobRow.spec), defer(JobRow.directions))  # long, and nothing to a write
+            .with_for_update()
+        )
+        found = session.execute(query).one_or_none()
+        if found is None:
+            raise Fenced(f"job {self._job_id} is deleted")
+        job, attempt = found
+        if attempt.last_write_digest == digest:
+            return None
+        if job.attempt != self._attempt or job.state != JobState.RUNNING:
+            raise Fenced(f"attempt {self._attempt} at {self._job_id} is over")
+        seconds = round(time.monotonic() - self._began, CLOCK_DIGITS)
+        job.seconds += seconds - attempt.seconds
+        job.beats += 1
+        job.lease_expires_at = now + self._lease
+        attempt.seconds = seconds
+        attempt.last_seen_at = now
+        attempt.last_write_digest = digest
+        return _Write(session, job, attempt, now)
+
+    def _tenant(self) -> ColumnElement[str]:
+        return select(JobRow.tenant).where(JobRow.id == self._job_id).scalar_subquery()
+
+    @staticmethod
+    def _stored_references(
+        session: Session, tenant: str | ColumnElement[str], keys: Sequence[ReferenceKey]
+    ) -> dict[ReferenceKey, ReferenceRow]:
+        names = [field.name for field in fields(ReferenceKey)]
+        key = tuple_(*(getattr(ReferenceRow, name) for name in names))
+        rows = session.scalars(
+            select(ReferenceRow).where(
+                ReferenceRow.tenant == tenant,
+                ReferenceRow.data.in_({wanted.data for wanted in keys}),  # one: SQLite finds it by index
+                key.in_([astuple(wanted) for wanted in keys]),
+            )
+        )
+        return {ReferenceKey(**{name: getattr(row, name) for name in names}): row for row in rows}
+
+
+def _move_front(write: _Write, trial: TrialRow, front: FrontUpdate) -> None:
+    write.session.execute(
+        update(TrialRow)
+        .where(TrialRow.job_id == write.job.id, TrialRow.id.in_(front.displaced))
+        .values(on_front=False)
+    )
+    write.job.hypervolume = front.hypervolume
+    before = write.session.scalar(
+        select(func.max(FrontHistoryRow.sequence)).where(FrontHistoryRow.job_id == write.job.id)
+    )
+    write.session.add(
+        FrontHistoryRow(
+            job_id=write.job.id,
+            sequence=(before or 0) + 1,
+            trial_id=trial.id,
+            hypervolume=front.hypervolume,
+            size=front.size,
+            at=write.now,
         )
     )
-    session.execute(
-        update(AttemptRow)
-        .where(AttemptRow.job_id == job_id, AttemptRow.ended_at.is_(None))
-        .values(ended_at=now)
-    )
-    session.execute(
-        update(TrialRow)
-        .where(TrialRow.job_id == job_id, TrialRow.state.not_in(ENDED))
-        .values(state=TrialState.CANCELLED, ended_at=now)
-    )
+    if front.on_front:
+        write.tell(
+            EventKind.FRONT,
+            trial_id=trial.id,
+            hypervolume=front.hypervolume,
+            size=front.size,
+            displaced=list(front.displaced),
+        )
 
 
 def visible_subsets(session: Session, job: JobRow, setting: Setting) -> list[SubsetRow]:
     """What `TrialStore.find_subsets` says a job knows."""
     rows = session.scalars(
         select(SubsetRow)
-        .filter_by(**asdict(setting))
+        .filter_by(tenant=job.tenant, **asdict(setting))
         .where(or_(SubsetRow.job_id == job.id, SubsetRow.position <= job.memory_until))
         .order_by(SubsetRow.position)
     )
@@ -480,11 +602,6 @@ def subset_of(row: SubsetRow, job_id: str) -> SubsetResult:
 def affinity_of(row: AffinityRow) -> AffinityResult:
     """A row as a search sees it."""
     return AffinityResult(method=row.method, **_tasks_of(row.tasks), seed=row.seed, matrix=row.matrix)
-
-
-def _run(row: TrialRow) -> None:
-    row.state = TrialState.RUNNING
-    row.started_at = row.started_at or _now()
 
 
 def _trial(row: TrialRow) -> Trial:
@@ -540,22 +657,9 @@ def _tasks_of(weighted: str) -> dict[str, Any]:
     return {"tasks": tuple(task for task, _ in pairs), "weights": tuple(weight for _, weight in pairs)}
 
 
-def _holds(row: Table, columns: Mapping[str, Any]) -> bool:
-    """Whether a row is what is to be written: then an earlier try of this write was kept."""
-    return all(getattr(row, name) == value for name, value in columns.items())
-
-
-def _reference_query(key: ReferenceKey) -> Select[ReferenceRow]:
-    return select(ReferenceRow).filter_by(**asdict(key))
-
-
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _finite(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

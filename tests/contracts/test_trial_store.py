@@ -39,9 +39,10 @@ from coterie.search.store import (
     VerdictKind,
 )
 from coterie.service.storage.database import Database
-from coterie.service.storage.repositories import JobRepository, TrialRepository
+from coterie.service.storage.repositories import JobRepository
 from coterie.service.storage.store import SqlTrialStore
 from coterie.service.storage.tables import AttemptRow, JobRow, MeasurementRow, TrialRow
+from coterie.service.storage.trials import TrialRepository
 
 SPEC = JobSpec.model_validate({"dataset": {"source": "digits"}, "budget": {"trials": 5}})
 LEASE = timedelta(seconds=30)
@@ -144,7 +145,7 @@ class SqlJob:
     def history(self) -> list[tuple[str, float | None]]:
         with self.database.read() as session:
             rows = TrialRepository(session).history(self.id, after=0, limit=1000)
-            return [(row.trial_id, row.hypervolume) for row, _ in rows]
+            return [(row.trial_id, row.hypervolume) for row in rows]
 
     def measurements(self) -> dict[tuple[str, int], Measurement]:
         with self.database.read() as session:
@@ -196,7 +197,7 @@ class SqlJob:
 
     def charged(self) -> float:
         with self.database.read() as session:
-            return JobRepository(session).usage([self.id])[self.id].device_seconds
+            return JobRepository(session).get(self.id).device_seconds
 
     def delete(self) -> None:
         with self.database.write() as session:
@@ -287,15 +288,7 @@ WRITES: dict[str, Callable[[TrialStore], None]] = {
     "finish": lambda store: store.finish(JobState.FAILED, "wrong"),
 }
 TRIAL_WRITES = ("start_trial", "measure", "preempt", "end_trial")
-# What a driver writes again where it did not learn that it was kept, and other content under the same key.
-AGAIN: dict[str, Callable[[TrialStore], None]] = {
-    "add_trial": lambda store: store.add_trial(replace(_trial(9), seed=1)),
-    "add_subsets": lambda store: store.add_subsets(SETTING, 3, [_subset("left", error=0.5)], 2.0),
-    "add_affinity": lambda store: store.add_affinity(
-        SETTING, replace(AFFINITY, matrix=[[None] * 2] * 2), 2.0
-    ),
-    "add_confirmation": lambda store: store.add_confirmation(_confirmation(delta_m=9.0)),
-}
+NEW_EACH_TIME = ("add_trial", "add_subsets", "add_confirmation")
 
 
 def _everything(job: Job, store: TrialStore) -> Any:
@@ -466,17 +459,23 @@ def test_the_first_reference_stays_and_each_is_charged(job: Job) -> None:
     assert job.attempt().resume().side_device_seconds == 3.5
 
 
-@pytest.mark.parametrize("write", AGAIN)
-def test_what_is_written_again_counts_once_and_nothing_else_takes_its_place(job: Job, write: str) -> None:
+@pytest.mark.parametrize("write", NEW_EACH_TIME)
+def test_what_must_be_new_is_refused_the_second_time(job: Job, write: str) -> None:
     store = job.attempt()
     store.add_trial(_trial(0))
     WRITES[write](store)
     before = _everything(job, store)
-    WRITES[write](store)
+    with pytest.raises(ValueError, match="must be new"):
+        WRITES[write](store)
     assert _everything(job, store) == before
-    with pytest.raises(ValueError, match="must be"):
-        AGAIN[write](store)
-    assert _everything(job, store) == before
+
+
+def test_the_first_affinity_stays_and_each_is_charged(job: Job) -> None:
+    store = job.attempt()
+    store.add_affinity(SETTING, AFFINITY, 2.0)
+    store.add_affinity(SETTING, replace(AFFINITY, matrix=[[None] * 2] * 2), 0.5)
+    assert store.find_affinities(SETTING) == [AFFINITY]
+    assert store.resume().side_device_seconds == 2.5
 
 
 def test_a_job_notes_which_stored_references_it_uses(job: Job) -> None:
@@ -736,7 +735,7 @@ _EXAMPLES = itertools.count()
     steps=st.lists(
         st.tuples(
             st.integers(0, 2),  # the job that does it; the last one is watched
-            st.sampled_from(["write", "write again", "new attempt", "delete"]),
+            st.sampled_from(["write", "new attempt", "delete"]),
             st.sampled_from([("left",), ("right",), ("left", "right")]),
             st.integers(0, 1),  # seed
         ),
@@ -766,8 +765,7 @@ def test_what_a_job_knows_of_others_never_changes_once_it_began(
         if action == "new attempt":
             stores[which] = (watched if which == 2 and watched else others[which]).attempt()
         elif action != "delete":
-            for _ in range(2 if action == "write again" else 1):
-                stores[which].add_subsets(setting, run, [result], 1.0)
+            stores[which].add_subsets(setting, run, [result], 1.0)
             if which == 2:
                 own.append(replace(result, run=run))
         elif which != 2:

@@ -1,9 +1,10 @@
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from sqlalchemy import select
+from sqlalchemy import event, select
 
 from coterie.search.spec import JobSpec
 from coterie.search.store import (
@@ -29,10 +30,12 @@ from coterie.service.storage.repositories import (
     Idempotency,
     JobRepository,
     NotFound,
-    TrialRepository,
+    Usage,
+    usage_of,
 )
 from coterie.service.storage.store import SqlTrialStore
 from coterie.service.storage.tables import AttemptRow, JobRow
+from coterie.service.storage.trials import TrialRepository
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
 LEASE = timedelta(seconds=30)
@@ -63,6 +66,7 @@ def _create(
     priority: int = 0,
     key: Idempotency | None = None,
     tasks: list[object] | None = None,
+    tenant: str | None = None,
 ) -> str:
     spec = JobSpec.model_validate(
         {
@@ -73,7 +77,7 @@ def _create(
         }
     )
     with database.write() as session:
-        return JobRepository(session).create(spec, DIRECTIONS, NOW, key)[0].id
+        return JobRepository(session, tenant).create(spec, DIRECTIONS, NOW, key)[0].id
 
 
 def _claim(database: Database, now: datetime = NOW) -> Claimed | None:
@@ -81,9 +85,11 @@ def _claim(database: Database, now: datetime = NOW) -> Claimed | None:
         return JobRepository(session).claim_next(now, LEASE)
 
 
-def _start(database: Database, tasks: list[object] | None = None) -> tuple[str, SqlTrialStore]:
+def _start(
+    database: Database, tasks: list[object] | None = None, tenant: str | None = None
+) -> tuple[str, SqlTrialStore]:
     """A running job, first of those that wait, and its driver's store."""
-    job_id = _create(database, tasks=tasks)
+    job_id = _create(database, tasks=tasks, tenant=tenant)
     claimed = _claim(database)
     assert claimed is not None
     assert claimed.job_id == job_id
@@ -97,12 +103,17 @@ def _pause(database: Database, job_id: str) -> None:
 
 def _resume(database: Database, job_id: str) -> None:
     with database.write() as session:
-        JobRepository(session).resume(job_id)
+        JobRepository(session).resume(job_id, NOW)
 
 
 def _requeue(database: Database, job_id: str, attempt: int) -> bool:
     with database.write() as session:
         return JobRepository(session).requeue(job_id, attempt, "its driver is gone", NOW)
+
+
+def _usage(database: Database, job_id: str) -> Usage:
+    with database.read() as session:
+        return usage_of(JobRepository(session).get(job_id))
 
 
 def _trial(number: int) -> Trial:
@@ -166,15 +177,21 @@ def test_a_claimed_job_runs_under_a_lease(database: Database) -> None:
     assert (running.lease_expires_at, running.last_seen_at) == (NOW + LEASE, NOW + timedelta(seconds=3))
 
 
-def test_a_job_is_charged_from_its_drivers_start(database: Database) -> None:
+@pytest.mark.parametrize("step", [timedelta(hours=-5), timedelta(hours=5)])
+def test_a_job_is_charged_its_drivers_own_time_whatever_the_clock_says(
+    database: Database, step: timedelta
+) -> None:
     job_id = _create(database)
     _claim(database)
-    started = datetime.now(UTC) - timedelta(seconds=10)
     with database.write() as session:
-        JobRepository(session).set_driver(job_id, 1, "host:1", started)
-    SqlTrialStore(database, job_id, 1).beat()
-    with database.read() as session:
-        assert JobRepository(session).usage([job_id])[job_id].seconds == pytest.approx(10, abs=2)
+        JobRepository(session).set_driver(job_id, 1, "host:1", datetime.now(UTC) + step)
+    store = SqlTrialStore(database, job_id, 1)
+    time.sleep(0.1)
+    store.beat()
+    assert 0.1 <= _usage(database, job_id).seconds < 60
+    time.sleep(0.1)
+    store.beat()
+    assert 0.2 <= _usage(database, job_id).seconds < 60
 
 
 def test_a_job_that_was_given_up_is_claimed_anew_and_its_trials_wait(database: Database) -> None:
@@ -330,8 +347,7 @@ def test_time_paused_is_not_charged(database: Database) -> None:
             JobRepository(session).set_driver(job_id, attempt, "host:1", start + timedelta(seconds=attempt))
         _pause(database, job_id)
         _resume(database, job_id)
-    with database.read() as session:
-        assert JobRepository(session).usage([job_id])[job_id].seconds == 0
+    assert _usage(database, job_id).seconds == 0
 
 
 def test_only_what_waits_or_runs_can_be_paused_and_only_what_is_paused_resumed(database: Database) -> None:
@@ -414,6 +430,45 @@ def test_a_job_shows_the_affinities_of_its_tasks_with_its_weights(
         assert [row.seed for row in JobRepository(session).affinities(job_id)] == shown
 
 
+def test_what_is_trained_beside_the_trials_is_shared_within_the_tenant_alone(database: Database) -> None:
+    _, mine = _start(database, tenant="mine")
+    mine.add_reference(KEY, REFERENCE)
+    mine.add_subsets(SETTING, 0, [SUBSET], 1.0)
+    mine.add_affinity(SETTING, AFFINITY, 1.0)
+    _, foreign = _start(database, tenant="foreign")
+    assert foreign.find_references([KEY]) == {}
+    assert foreign.find_subsets(SETTING) == []
+    assert foreign.find_affinities(SETTING) == []
+    with pytest.raises(KeyError):
+        foreign.use_references([KEY])
+    theirs = replace(AFFINITY, matrix=[[None, 9.0], [9.0, None]])
+    foreign.add_reference(KEY, replace(REFERENCE, latency_ms=9.0))
+    foreign.add_affinity(SETTING, theirs, 1.0)
+    job_id, colleague = _start(database, tenant="mine")
+    for store, latency_ms, affinity in ((colleague, 1.0, AFFINITY), (foreign, 9.0, theirs)):
+        assert store.find_references([KEY]) == {KEY: replace(REFERENCE, latency_ms=latency_ms)}
+        assert store.find_affinities(SETTING) == [affinity]
+        store.use_references([KEY])
+        store.use_setting(SETTING)
+    assert colleague.find_subsets(SETTING) == [SUBSET]
+    with database.read() as session:
+        jobs = JobRepository(session)
+        assert [row.latency_ms for row in jobs.references(job_id)] == [1.0]
+        assert [row.matrix for row in jobs.affinities(job_id)] == [AFFINITY.matrix]
+        assert len(jobs.subsets(job_id)) == 1
+
+
+def test_many_references_are_found_by_one_query(database: Database) -> None:
+    _, store = _start(database)
+    keys = [replace(KEY, seed=seed, task=f"task {seed % 7}") for seed in range(1000)]
+    for key in keys[::100]:
+        store.add_reference(key, REFERENCE)
+    statements: list[str] = []
+    event.listen(database.engine, "before_cursor_execute", lambda *args: statements.append(args[2]))
+    assert set(store.find_references(keys)) == set(keys[::100])
+    assert len([statement for statement in statements if "SELECT" in statement]) == 1
+
+
 def test_a_job_shows_its_confirming_runs_in_order(database: Database) -> None:
     job_id, store = _start(database)
     store.add_trial(_trial(0))
@@ -421,7 +476,7 @@ def test_a_job_shows_its_confirming_runs_in_order(database: Database) -> None:
         store.add_confirmation(_confirmation("trial_0", seed))
     with database.read() as session:
         assert [row.seed for row in JobRepository(session).confirmations(job_id)] == [3, 1, 2]
-        assert JobRepository(session).usage([job_id])[job_id].device_seconds == 6.0
+    assert _usage(database, job_id).device_seconds == 6.0
 
 
 def test_only_a_waiting_job_fails_without_a_driver(database: Database) -> None:
@@ -464,8 +519,7 @@ def test_usage_sums_trials_references_and_attempts(database: Database) -> None:
         store.add_trial(_trial(number))
         store.end_trial(f"trial_{number}", Ending(state=state, device_seconds=2.0), None)
     store.add_reference(KEY, REFERENCE)
-    with database.read() as session:
-        usage = JobRepository(session).usage([job_id, other])
-    assert usage[job_id].trials == {TrialState.COMPLETED: 2, TrialState.FAILED: 1}
-    assert usage[job_id].device_seconds == 7.5
-    assert (usage[other].trials, usage[other].seconds, usage[other].device_seconds) == ({}, 0.0, 0.0)
+    usage, nothing = _usage(database, job_id), dict.fromkeys(TrialState, 0)
+    assert usage.trials == nothing | {TrialState.COMPLETED: 2, TrialState.FAILED: 1}
+    assert usage.device_seconds == 7.5
+    assert _usage(database, other) == Usage(trials=nothing, seconds=0.0, device_seconds=0.0)
