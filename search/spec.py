@@ -41,6 +41,7 @@ def _unique(key: Callable[[Any], object], what: str) -> AfterValidator:
 
 
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+-]{1,100}$")]
+Priority = Annotated[int, Field(ge=-1000, le=1000)]
 UNIQUE_ITEMS: dict[str, JsonValue] = {"uniqueItems": True}
 
 
@@ -292,4 +293,10 @@ class JobSpec(_Part):
     resources: ResourcesSpec = Field(default=ResourcesSpec(), description="What one trial reserves.")
     confirm: ConfirmSpec = Field(default=ConfirmSpec(), description="Retraining of the front's best.")
     seed: int = Field(default=0, ge=0, le=GREATEST_SEED, description="Seed of the search and of its trials.")
-    priority: int = Field(default=0, ge=-1000, le=1000, description="Jobs of higher priority start first.")
+    priority: Priority = Field(default=0, description="Jobs of higher priority start first.")
+
+
+class JobChange(_Part):
+    """What can be changed of a job after it was submitted."""
+
+    priority: Priority = Field(description="Jobs of higher priority start first.")

@@ -2,25 +2,32 @@
 
 SQL is the truth: what a job's state says is made true in Ray, never the other way round, except that a driver
 that Ray says is gone gives its job back to the queue.
+
+Several servers may share a database. A job belongs to the Ray that it was claimed for: to the embedded one of
+a server, or to a cluster, which every server with its address looks after. Only who reaches a job's Ray asks
+it, but a driver that no longer writes is heard of nowhere, so any server gives its job back.
 """
 
+import hashlib
 import json
 import logging
 import os
 import shlex
+import shutil
 import sys
 import threading
 import time
+import uuid
 from collections import deque
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-import torch
-
 from coterie.search.store import JOB_ENDED, FolderArtifacts, StoreUnavailable
 from coterie.service.config import Settings
+from coterie.service.liveness import Listener
 from coterie.service.ray_head import RayHead, RayHeadError, start_head
 from coterie.service.storage.database import Database
+from coterie.service.storage.queue import spent_tenants
 from coterie.service.storage.repositories import Claimed, JobRepository, RunningJob
 
 logger = logging.getLogger(__name__)
@@ -31,6 +38,8 @@ ANSWER_SECONDS = 20.0  # Ray takes up to 10 to find the agent that starts a job
 # In a row, before the embedded head is started anew: one that has lost its job agent lives, and takes no job.
 MOST_RAY_FAILURES = 6
 MOST_FRUITLESS_ATTEMPTS = 3  # drivers in a row that died without any progress
+STARTING_LEASES = 4  # a driver has Ray, Python and torch to load, on a machine that may be busy
+SERVER_ID_FILE = "server_id"
 
 # States of a Ray Job after which its driver is gone.
 GONE = frozenset({"SUCCEEDED", "FAILED", "STOPPED"})
@@ -49,9 +58,12 @@ class Dispatcher:
         self._database = database
         self._head: RayHead | None = None
         self._client: Any = None
+        self._owner = _owner(settings)
+        self._listener = Listener(settings.lease_seconds)
         self._live: set[str] = set()  # submission ids of drivers that are not known to be gone
         self._left: deque[str] = deque()  # jobs that may have ended, and so need their working files no more
         self._problem: str | None = "Ray is starting"
+        self._shortage: str | None = None  # that keeps jobs from starting
         self._stopping = threading.Event()
         self._wake = threading.Event()
         self._thread = threading.Thread(target=self._run, name="dispatcher", daemon=True)
@@ -68,7 +80,8 @@ class Dispatcher:
 
     def ready(self) -> tuple[bool, str]:
         """Whether jobs can run, and what is in the way."""
-        return (True, "Ray takes jobs") if self._problem is None else (False, self._problem)
+        problem = self._problem or self._shortage
+        return (True, "Ray takes jobs") if problem is None else (False, problem)
 
     def stop_job(self, job_id: str) -> None:
         """Look at once whether `job_id`, which was cancelled or paused in SQL, has a driver to stop."""
@@ -86,7 +99,12 @@ class Dispatcher:
         """CPUs and GPUs of the largest node that a trial can be on; no limit is known of a remote cluster."""
         if self._settings.ray_address is not None:
             return float("inf"), float("inf")
-        gpus = torch.cuda.device_count() if self._settings.gpus is None else self._settings.gpus
+        if self._settings.gpus is None:
+            import torch  # slow: the server starts without it
+
+            gpus = torch.cuda.device_count()
+        else:
+            gpus = self._settings.gpus
         return float(self._settings.node_cpus), float(gpus)
 
     def _run(self) -> None:
@@ -106,6 +124,7 @@ class Dispatcher:
                     self._problem = None
                     pause = POLL_SECONDS
                 except Exception as error:  # the loop must outlive whatever Ray or the database do
+                    self._listener.forget()
                     failures += not isinstance(error, StoreUnavailable)
                     logger.exception("the dispatcher could not do its work and tries again")
                     self._problem = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -117,7 +136,7 @@ class Dispatcher:
                 self._drop_head("the server was stopped")
 
     def _connect(self) -> None:
-        """Reach Ray. An embedded head starts empty, so whatever SQL says is running is not."""
+        """Reach Ray. An embedded head starts empty, so whatever SQL says is running there is not."""
         if self._settings.ray_address is not None:
             self._client = job_client(self._settings.ray_address)
             return
@@ -148,19 +167,56 @@ class Dispatcher:
         with self._database.write() as session:
             jobs = JobRepository(session)
             for job in jobs.running():
-                jobs.requeue(job.job_id, job.attempt, reason, _now(), preempted=True)
+                if job.owner == self._owner:
+                    jobs.requeue(job.job_id, job.attempt, reason, _now(), preempted=True)
 
     def _tick(self) -> None:
         with self._database.read() as session:
             running = JobRepository(session).running()
-        for submission_id in sorted(self._live - {job.submission_id for job in running}):
+            tenants = {job.tenant for job in running}
+            spent = spent_tenants(session, tenants, self._settings.tenant_limits, _now())
+        silence = self._listener.look({job.job_id: _signs_of_life(job) for job in running})
+        own = [job for job in running if job.owner == self._owner]
+        for submission_id in sorted(self._live - {job.submission_id for job in own}):
             self._end_driver(submission_id)
-        for job in running:
+        for job in own:
             self._check(job)
+        for job in running:
+            if silence[job.job_id] >= self._longest_silence(job):
+                if job.submission_id in self._live:  # first of all: one that was stopped may hold a lock
+                    self._client.stop_job(job.submission_id)
+                self._give_up(job, "its driver was silent for too long")
+            elif job.tenant in spent:
+                self._preempt(job, "its tenant has used its device-seconds of this month")
         self._drop_working_files()
+        self._shortage = self._find_shortage()
+        if self._shortage is None:
+            self._claim()
+
+    def _find_shortage(self) -> str | None:
+        """What a driver would need, and is not there."""
+        free, needed = shutil.disk_usage(self._settings.data_dir).free, self._settings.min_free_bytes
+        if free >= needed:
+            return None
+        return (
+            f"no job starts: the disk of the data folder has {free / 1e6:,.0f} MB free, and needs at least "
+            f"{needed / 1e6:,.0f} MB (COTERIE_MIN_FREE_BYTES)"
+        )
+
+    def _claim(self) -> None:
+        """Start jobs while there is room. A driver that is still ending takes a place, and keeps its job."""
         while len(self._live) < self._settings.max_running_jobs and not self._stopping.is_set():
             with self._database.write() as session:
-                claimed = JobRepository(session).claim_next(_now(), self._lease)
+                jobs = JobRepository(session)
+                ending = self._live - {job.submission_id for job in jobs.running()}
+                claimed = jobs.claim_next(
+                    _now(),
+                    self._lease,
+                    self._owner,
+                    places=self._settings.max_running_jobs - len(ending),
+                    defaults=self._settings.tenant_limits,
+                    busy={_job_of(submission_id) for submission_id in ending},
+                )
             if claimed is None:
                 return
             try:
@@ -172,9 +228,15 @@ class Dispatcher:
                     )
                 raise
 
+    def _longest_silence(self, job: RunningJob) -> float:
+        """Seconds; a driver that was submitted and has yet to write is given the time to start."""
+        starts = job.submission_id is not None and job.driver is None
+        return self._settings.lease_seconds * (STARTING_LEASES if starts else 1)
+
     def _end_driver(self, submission_id: str) -> None:
         """The attempt is over in SQL: its driver has no more to do, and its place is free once it is gone."""
-        if self._status(submission_id) not in GONE:
+        status = self._status(submission_id)
+        if status is not None and status not in GONE:
             self._client.stop_job(submission_id)
             return
         self._live.discard(submission_id)
@@ -196,19 +258,22 @@ class Dispatcher:
             self._left.popleft()
 
     def _check(self, job: RunningJob) -> None:
-        """Give a job whose driver is gone or silent back to the queue."""
+        """Give a job whose driver is gone back to the queue."""
         if job.submission_id is None:
-            if job.lease_expires_at < _now():
-                self._give_up(job, "it was claimed but never submitted")
             return
-        self._live.add(job.submission_id)
         status = self._status(job.submission_id)
-        if status in GONE:
+        if status is None and job.submission_id not in self._live:
+            return  # another server is submitting it just now, or it stays silent
+        if status is None or status in GONE:
             self._live.discard(job.submission_id)
-            self._give_up(job, f"its driver ended early (Ray says {status})")
-        elif job.lease_expires_at < _now():
-            self._client.stop_job(job.submission_id)
-            self._give_up(job, "its driver was silent for too long")
+            self._give_up(job, f"its driver ended early (Ray says {status or 'nothing of it'})")
+        else:
+            self._live.add(job.submission_id)
+
+    def _preempt(self, job: RunningJob, reason: str) -> None:
+        with self._database.write() as session:
+            if JobRepository(session).requeue(job.job_id, job.attempt, reason, _now(), preempted=True):
+                logger.warning("attempt %d at %s is over: %s", job.attempt, job.job_id, reason)
 
     def _give_up(self, job: RunningJob, reason: str) -> None:
         with self._database.write() as session:
@@ -236,7 +301,7 @@ class Dispatcher:
             json.dump(self._settings.model_dump(mode="json"), file)
         python = sys.executable if self._settings.ray_address is None else "python"
         command = [python, "-P", "-m", "coterie.service.worker", job_id, str(attempt), str(order)]
-        submission_id = f"{job_id}-{attempt}"
+        submission_id = _submission_of(claimed)
         with self._database.write() as session:
             if not JobRepository(session).set_submission(job_id, attempt, submission_id):
                 return  # it was cancelled or paused meanwhile
@@ -248,13 +313,13 @@ class Dispatcher:
         )
         logger.info("attempt %d at %s was submitted", attempt, job_id)
 
-    def _status(self, submission_id: str) -> str:
-        """What Ray says of a driver; one that it doesn't know is gone."""
+    def _status(self, submission_id: str) -> str | None:
+        """What Ray says of a driver; None where it knows of none."""
         try:
             return str(self._client.get_job_status(submission_id).value)
         except RuntimeError as error:
             if str(error).startswith("Request failed with status code 404"):
-                return "STOPPED"
+                return None
             raise
 
     @property
@@ -271,6 +336,26 @@ def job_client(address: str, headers: dict[str, str] | None = None) -> Any:
             return super()._do_request(*arguments, timeout=ANSWER_SECONDS, **options)
 
     return _Client(address, headers=headers)
+
+
+def _owner(settings: Settings) -> str:
+    """Names the Ray that the server's jobs run on: its own, by an id in its data folder, or a cluster."""
+    if settings.ray_address is not None:
+        return f"ray_{hashlib.sha256(settings.ray_address.encode()).hexdigest()[:32]}"
+    file = settings.data_dir / SERVER_ID_FILE
+    if not file.exists():
+        written = file.with_suffix(".new")
+        written.write_text(f"server_{uuid.uuid4().hex}")
+        written.rename(file)
+    return file.read_text()
+
+
+def _signs_of_life(job: RunningJob) -> tuple[object, ...]:
+    return job.attempt, job.submission_id, job.driver, job.beats
+
+
+def _submission_of(claimed: Claimed) -> str:
+    return f"{claimed.job_id}-{claimed.attempt}"
 
 
 def _job_of(submission_id: str) -> str:

@@ -2,54 +2,63 @@
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
-from coterie.search.objective import metric_directions
-from coterie.search.plan import Fault, SpecError, make_plan
-from coterie.search.spec import JobSpec, ResourcesSpec
+from coterie.search.faults import Fault, SpecError
+from coterie.search.spec import JobChange, JobSpec, ResourcesSpec
 from coterie.search.store import JobState
-from coterie.service import schemas
 from coterie.service.body import parse_json, validate
 from coterie.service.context import Context
 from coterie.service.cursors import decode_cursor, encode_cursor
+from coterie.service.documents import Document
+from coterie.service.storage.audit import audit
+from coterie.service.storage.queue import Place, check_quota
 from coterie.service.storage.repositories import Idempotency, JobRepository
-from coterie.service.storage.tables import JobRow
+from coterie.service.storage.shown import ShownRow
 from coterie.service.views import job_view
 
 LOG_TAIL_BYTES = 1_000_000
-_ORDER = "jobs"
 
 
-def submit_job(context: Context, body: bytes, key: str | None) -> tuple[schemas.Job, bool]:
+def submit_job(context: Context, body: bytes, key: str | None) -> tuple[Document, bool]:
     """Queue the job that a body describes; says whether it is new.
 
     Raises:
         MalformedBody: If the body is no JSON.
         SpecError: If it breaks the schema, or names what does not exist.
         Conflict: If the key was used for another body.
+        QuotaExceeded: If the tenant may have no more jobs or files; not where it is a job made before.
     """
+    from coterie.search.objective import metric_directions  # with torch: the server starts without it
+    from coterie.search.plan import make_plan
+
     document = parse_json(body)
     spec = validate(JobSpec, document)
     plan = make_plan(spec)
     _check_resources(spec.resources, context.dispatcher.node_resources)
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
+    now = datetime.now(UTC)
     with context.database.write() as session:
-        jobs = JobRepository(session)
+        jobs = context.jobs(session)
         row, new = jobs.create(
             spec,
             metric_directions(plan.tasks),
-            datetime.now(UTC),
+            now,
             None if key is None else Idempotency(key, digest),
         )
-        return _view(context, jobs, row), new
+        if new:
+            check_quota(session, row.tenant, context.settings.tenant_limits, now)
+            audit(session, context.caller, "job.submit", row.id, name=row.name)
+        return _view(context, jobs, row.id), new
 
 
-def show_job(context: Context, job_id: str) -> schemas.Job:
+def show_job(context: Context, job_id: str) -> Document:
     """One job, or NotFound."""
     with context.database.read() as session:
-        jobs = JobRepository(session)
-        return _view(context, jobs, jobs.get(job_id))
+        jobs = context.jobs(session)
+        return _view(context, jobs, job_id)
 
 
 def list_jobs(
@@ -57,28 +66,28 @@ def list_jobs(
     *,
     state: JobState | None = None,
     name: str | None = None,
+    sort: str = "-created_at",
     limit: int,
     cursor: str | None = None,
-) -> schemas.Page[schemas.Job]:
-    """A page of jobs, newest first.
+) -> Document:
+    """A page of jobs, by `created_at` or `-created_at`, newest first.
 
     Raises:
-        InvalidQuery: If the cursor is not of this list.
+        InvalidQuery: If the cursor is not of this list in this order.
     """
-    before = decode_cursor(_ORDER, cursor)
+    order = f"jobs.{sort}"
+    after = decode_cursor(order, cursor)
     with context.database.read() as session:
-        jobs = JobRepository(session)
-        rows = jobs.page(state=state, name=name, before=before, limit=limit + 1)
-        shown = rows[:limit]
-        usage = jobs.usage([row.id for row in shown])
-    now = datetime.now(UTC)
-    return schemas.Page(
-        items=[job_view(row, usage[row.id], context.dispatcher.dashboard_url, now) for row in shown],
-        next_cursor=encode_cursor(_ORDER, shown[-1].position) if len(rows) > limit else None,
-    )
+        jobs = context.jobs(session)
+        rows = jobs.page(
+            state=state, name=name, descending=sort.startswith("-"), after=after, limit=limit + 1
+        )
+        items = _views(context, jobs, rows[:limit])
+    more = len(rows) > limit
+    return {"items": items, "next_cursor": encode_cursor(order, rows[limit - 1].position) if more else None}
 
 
-def cancel_job(context: Context, job_id: str) -> schemas.Job:
+def cancel_job(context: Context, job_id: str) -> Document:
     """End a job that has not ended.
 
     Raises:
@@ -86,13 +95,14 @@ def cancel_job(context: Context, job_id: str) -> schemas.Job:
         Conflict: If it has ended.
     """
     with context.database.write() as session:
-        jobs = JobRepository(session)
-        view = _view(context, jobs, jobs.cancel(job_id, datetime.now(UTC)))
+        jobs = context.jobs(session)
+        view = _view(context, jobs, jobs.cancel(job_id, datetime.now(UTC)).id)
+        audit(session, context.caller, "job.cancel", job_id)
     context.dispatcher.stop_job(job_id)
     return view
 
 
-def pause_job(context: Context, job_id: str) -> schemas.Job:
+def pause_job(context: Context, job_id: str) -> Document:
     """Take a queued or running job off its resources until it is resumed.
 
     Raises:
@@ -100,35 +110,68 @@ def pause_job(context: Context, job_id: str) -> schemas.Job:
         Conflict: If it is paused already, or has ended.
     """
     with context.database.write() as session:
-        jobs = JobRepository(session)
-        view = _view(context, jobs, jobs.pause(job_id, datetime.now(UTC)))
+        jobs = context.jobs(session)
+        view = _view(context, jobs, jobs.pause(job_id, datetime.now(UTC)).id)
+        audit(session, context.caller, "job.pause", job_id)
     context.dispatcher.stop_job(job_id)
     return view
 
 
-def resume_job(context: Context, job_id: str) -> schemas.Job:
+def resume_job(context: Context, job_id: str) -> Document:
     """Queue a paused job again.
 
     Raises:
         NotFound: If it does not exist.
         Conflict: If it is not paused.
+        QuotaExceeded: If the tenant may have no more jobs or files.
     """
+    now = datetime.now(UTC)
     with context.database.write() as session:
-        jobs = JobRepository(session)
-        return _view(context, jobs, jobs.resume(job_id))
+        jobs = context.jobs(session)
+        row = jobs.resume(job_id, now)
+        check_quota(session, row.tenant, context.settings.tenant_limits, now)
+        audit(session, context.caller, "job.resume", job_id)
+        return _view(context, jobs, row.id)
+
+
+def change_job(context: Context, job_id: str, body: bytes) -> Document:
+    """Change a job that has not ended, as a body says; one that runs goes on.
+
+    Raises:
+        MalformedBody: If the body is no JSON.
+        SpecError: If it breaks the schema.
+        NotFound: If the job does not exist.
+        Conflict: If it has ended.
+    """
+    change = validate(JobChange, parse_json(body))
+    with context.database.write() as session:
+        jobs = context.jobs(session)
+        row = jobs.set_priority(job_id, change.priority, datetime.now(UTC))
+        audit(session, context.caller, "job.change", job_id, priority=change.priority)
+        return _view(context, jobs, row.id)
 
 
 def read_log(context: Context, job_id: str, lines: int) -> str:
     """The last lines of the log of a job's driver; empty before it has one. NotFound without the job."""
     with context.database.read() as session:
-        JobRepository(session).get(job_id)
+        context.jobs(session).get(job_id)
     file = context.settings.log_of(job_id)
     return _tail(file, lines) if file.exists() else ""
 
 
-def _view(context: Context, jobs: JobRepository, row: JobRow) -> schemas.Job:
-    usage = jobs.usage([row.id])[row.id]
-    return job_view(row, usage, context.dispatcher.dashboard_url, datetime.now(UTC))
+def _view(context: Context, jobs: JobRepository, job_id: str) -> Document:
+    [view] = _views(context, jobs, [jobs.shown(job_id)])
+    return view
+
+
+def _views(context: Context, jobs: JobRepository, rows: Sequence[ShownRow]) -> list[Document]:
+    """The queue, which is everybody's, is read once, and only where one of the jobs waits in it."""
+    now = datetime.now(UTC)
+    places: Mapping[str, Place] = {}
+    if any(row.state == JobState.QUEUED for row in rows):
+        places = jobs.places(context.settings.tenant_limits, now)
+    dashboard = context.dispatcher.dashboard_url
+    return [job_view(row, places.get(row.id), dashboard, now) for row in rows]
 
 
 def _check_resources(resources: ResourcesSpec, node: tuple[float, float]) -> None:

@@ -1,15 +1,17 @@
 """/v1/jobs: submit, list, show, cancel, pause, resume, log, what it measures against."""
 
 from http import HTTPStatus
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Header, Query, Response
+from fastapi import APIRouter, Depends, Header, Query
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
+from coterie.search.spec import JobChange
 from coterie.search.store import JobState
 from coterie.service import jobs, measured, schemas
 from coterie.service.errors import problem_responses
+from coterie.service.routes.answers import Answer, answer
 from coterie.service.routes.parameters import (
     NO_QUERY,
     ContextOf,
@@ -17,6 +19,7 @@ from coterie.service.routes.parameters import (
     PageParameters,
     PageQuery,
     Parameters,
+    SubmitterContext,
 )
 from coterie.service.routes.reading import read_body
 
@@ -30,9 +33,16 @@ _SPEC_BODY = {
     }
 }
 
+_CHANGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": JobChange.model_json_schema()}},
+    }
+}
+
 
 class JobsParameters(PageParameters):
-    """Which jobs."""
+    """Which jobs, in which order."""
 
     state: JobState | None = Field(default=None, description="Only jobs in this state.")
     name: str | None = Field(
@@ -40,6 +50,9 @@ class JobsParameters(PageParameters):
         max_length=200,
         pattern=r"^[^\x00-\x1f\x7f]*$",
         description="Only jobs with exactly this name.",
+    )
+    sort: Literal["created_at", "-created_at"] = Field(
+        default="-created_at", description="By when they were submitted: oldest first, or newest first."
     )
 
 
@@ -54,12 +67,14 @@ class LogParameters(Parameters):
 @router.post(
     "",
     status_code=HTTPStatus.CREATED,
+    response_model=schemas.Job,
     openapi_extra=_SPEC_BODY,
     dependencies=[NO_QUERY],
     responses={
         200: {"model": schemas.Job, "description": "The job that the same key and body made before"},
         **problem_responses(
             HTTPStatus.BAD_REQUEST,
+            HTTPStatus.FORBIDDEN,
             HTTPStatus.CONFLICT,
             HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
             HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
@@ -68,8 +83,7 @@ class LogParameters(Parameters):
     },
 )
 def create_job(
-    context: ContextOf,
-    response: Response,
+    context: SubmitterContext,
     body: Annotated[bytes, Depends(read_body)],
     idempotency_key: Annotated[
         str | None,
@@ -77,47 +91,67 @@ def create_job(
             pattern=r"^[\x21-\x7e]{1,255}$", description="The same key and body again make no second job."
         ),
     ] = None,
-) -> schemas.Job:
+) -> Answer:
     """Submit a search job."""
     job, new = jobs.submit_job(context, body, idempotency_key)
-    response.headers["Location"] = job.links.self_
-    if not new:
-        response.status_code = HTTPStatus.OK
-    return job
+    status = HTTPStatus.CREATED if new else HTTPStatus.OK
+    return Answer(job, status, headers={"Location": job["links"]["self"]})
 
 
-@router.get("", responses=problem_responses(HTTPStatus.BAD_REQUEST))
-def list_jobs(context: ContextOf, query: Annotated[JobsParameters, Query()]) -> schemas.Page[schemas.Job]:
-    """List jobs, newest first."""
-    return jobs.list_jobs(context, state=query.state, name=query.name, limit=query.limit, cursor=query.cursor)
+@router.get("", response_model=schemas.Page[schemas.Job], responses=problem_responses(HTTPStatus.BAD_REQUEST))
+async def list_jobs(context: ContextOf, query: Annotated[JobsParameters, Query()]) -> Answer:
+    """List jobs."""
+    return await answer(jobs.list_jobs, context, **dict(query))
 
 
 @router.get(
     "/{job_id}",
+    response_model=schemas.Job,
     dependencies=[NO_QUERY],
     responses=problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND),
 )
-def show_job(context: ContextOf, job_id: JobId) -> schemas.Job:
+async def show_job(context: ContextOf, job_id: JobId) -> Answer:
     """Show a job and how far it is."""
-    return jobs.show_job(context, job_id)
+    return await answer(jobs.show_job, context, job_id)
 
 
-@router.post("/{job_id}/cancel", dependencies=[NO_QUERY], responses=_STATE_ERRORS)
-def cancel_job(context: ContextOf, job_id: JobId) -> schemas.Job:
+@router.post("/{job_id}/cancel", response_model=schemas.Job, dependencies=[NO_QUERY], responses=_STATE_ERRORS)
+def cancel_job(context: SubmitterContext, job_id: JobId) -> Answer:
     """Cancel a job that has not ended, with all its unfinished trials."""
-    return jobs.cancel_job(context, job_id)
+    return Answer(jobs.cancel_job(context, job_id))
 
 
-@router.post("/{job_id}/pause", dependencies=[NO_QUERY], responses=_STATE_ERRORS)
-def pause_job(context: ContextOf, job_id: JobId) -> schemas.Job:
+@router.post("/{job_id}/pause", response_model=schemas.Job, dependencies=[NO_QUERY], responses=_STATE_ERRORS)
+def pause_job(context: SubmitterContext, job_id: JobId) -> Answer:
     """Pause a queued or running job: its devices are free soon, its trials keep their checkpoints."""
-    return jobs.pause_job(context, job_id)
+    return Answer(jobs.pause_job(context, job_id))
 
 
-@router.post("/{job_id}/resume", dependencies=[NO_QUERY], responses=_STATE_ERRORS)
-def resume_job(context: ContextOf, job_id: JobId) -> schemas.Job:
+@router.post("/{job_id}/resume", response_model=schemas.Job, dependencies=[NO_QUERY], responses=_STATE_ERRORS)
+def resume_job(context: SubmitterContext, job_id: JobId) -> Answer:
     """Resume a paused job: it is queued, and goes on where it was. The time between is not charged."""
-    return jobs.resume_job(context, job_id)
+    return Answer(jobs.resume_job(context, job_id))
+
+
+@router.patch(
+    "/{job_id}",
+    response_model=schemas.Job,
+    openapi_extra=_CHANGE_BODY,
+    dependencies=[NO_QUERY],
+    responses={
+        **_STATE_ERRORS,
+        **problem_responses(
+            HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            HTTPStatus.UNPROCESSABLE_ENTITY,
+        ),
+    },
+)
+def change_job(
+    context: SubmitterContext, job_id: JobId, body: Annotated[bytes, Depends(read_body)]
+) -> Answer:
+    """Change the priority of a job that has not ended. One that runs goes on; it counts once it is queued."""
+    return Answer(jobs.change_job(context, job_id, body))
 
 
 @router.get("/{job_id}/affinity", dependencies=[NO_QUERY], responses=_STATE_ERRORS)

@@ -1,5 +1,6 @@
 """The dispatcher against a Ray that does as it is told: what it makes of silence, faults and cancels."""
 
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -14,13 +15,17 @@ import pytest
 from coterie.search.spec import JobSpec
 from coterie.search.store import FolderArtifacts, JobState
 from coterie.service import dispatcher as module
+from coterie.service import liveness
 from coterie.service.config import Settings
 from coterie.service.dispatcher import Dispatcher
 from coterie.service.storage import migrate
 from coterie.service.storage.database import Database, DatabaseUnavailable
 from coterie.service.storage.repositories import JobRepository
+from coterie.service.storage.store import SqlTrialStore
 from coterie.service.storage.tables import JobRow
 
+STEP = 5.0
+SILENT = "its driver was silent for too long"
 NOT_FOUND = "Request failed with status code 404: Job x does not exist."
 
 
@@ -72,11 +77,12 @@ class Stage:
     settings: Settings
     database: Database
     dispatcher: Dispatcher
+    clock: float = 1e6
 
-    def submit(self) -> str:
+    def submit(self, tenant: str | None = None) -> str:
         spec = JobSpec.model_validate({"dataset": {"source": "digits"}, "budget": {"trials": 2}})
         with self.database.write() as session:
-            return JobRepository(session).create(spec, {}, datetime.now(UTC))[0].id
+            return JobRepository(session, tenant).create(spec, {}, datetime.now(UTC))[0].id
 
     def cancel(self, job_id: str) -> None:
         with self.database.write() as session:
@@ -88,7 +94,7 @@ class Stage:
 
     def resume(self, job_id: str) -> None:
         with self.database.write() as session:
-            JobRepository(session).resume(job_id)
+            JobRepository(session).resume(job_id, datetime.now(UTC))
 
     def write_checkpoint(self, job_id: str) -> Path:
         checkpoint = (
@@ -97,6 +103,28 @@ class Stage:
         checkpoint.parent.mkdir(parents=True)
         checkpoint.touch()
         return checkpoint
+
+    def submit_and_start(self) -> str:
+        """A job whose driver has said who it is."""
+        job_id = self.submit()
+        self.dispatcher._tick()
+        with self.database.write() as session:
+            assert JobRepository(session).set_driver(job_id, 1, "host:1", datetime.now(UTC))
+        return job_id
+
+    def claim(self, owner: str) -> str:
+        """As another server does."""
+        with self.database.write() as session:
+            claimed = JobRepository(session).claim_next(datetime.now(UTC), timedelta(seconds=30), owner)
+        assert claimed is not None
+        return claimed.job_id
+
+    def let_pass(self, seconds: float, each: Callable[[], object] = lambda: None) -> None:
+        """Ticks, `STEP` seconds apart by the server's own clock, after one to begin from."""
+        for passed in range(math.ceil(seconds / STEP) + 1):
+            self.clock += STEP if passed else 0
+            each()
+            self.dispatcher._tick()
 
     @staticmethod
     def wait_for(condition: Callable[[], bool]) -> None:
@@ -110,18 +138,38 @@ class Stage:
             return JobRepository(session).get(job_id)
 
 
+Open = Callable[[Settings], Stage]
+
+
 @pytest.fixture
-def stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stage]:
-    settings = Settings(data_dir=tmp_path, _env_file=None)
-    migrate.prepare(settings.url)
-    database, ray = Database(settings.url), FakeRay()
-    monkeypatch.setattr(module, "start_head", ray.start)
-    monkeypatch.setattr(module, "job_client", lambda *_: ray)
+def open_stage(monkeypatch: pytest.MonkeyPatch) -> Iterator[Open]:
+    """Opens servers; each has a Ray of its own unless it is told of one."""
+    databases = []
+
+    def open_with(settings: Settings) -> Stage:
+        migrate.prepare(settings.url)
+        database, ray = Database(settings.url), FakeRay()
+        databases.append(database)
+        dispatcher = Dispatcher(settings, database)
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "start_head", ray.start)
+            patch.setattr(module, "job_client", lambda *_: ray)
+            dispatcher._connect()
+        return Stage(ray, settings, database, dispatcher)
+
     monkeypatch.setattr(os, "environ", dict(os.environ))  # the dispatcher changes it
-    dispatcher = Dispatcher(settings, database)
-    dispatcher._connect()
-    yield Stage(ray, settings, database, dispatcher)
-    database.close()
+    yield open_with
+    for database in databases:
+        database.close()
+
+
+@pytest.fixture
+def stage(tmp_path: Path, open_stage: Open, monkeypatch: pytest.MonkeyPatch) -> Stage:
+    stage = open_stage(Settings(data_dir=tmp_path, _env_file=None))
+    monkeypatch.setattr(module, "start_head", stage.ray.start)
+    monkeypatch.setattr(module, "job_client", lambda *_: stage.ray)
+    monkeypatch.setattr(liveness, "monotonic", lambda: stage.clock)
+    return stage
 
 
 def test_a_job_is_submitted_once_and_the_next_one_waits(stage: Stage) -> None:
@@ -248,18 +296,25 @@ def test_a_job_that_is_cancelled_leaves_no_checkpoints(stage: Stage, paused_firs
     assert not checkpoint.exists()
 
 
-def test_a_silent_driver_is_stopped_before_its_job_goes_on(
-    stage: Stage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = stage.submit()
+def test_a_silent_driver_is_stopped_before_its_job_goes_on(stage: Stage) -> None:
+    job = stage.submit_and_start()
+    stage.let_pass(stage.settings.lease_seconds)
+    assert stage.ray.stopped == [f"{job}-1"]
+    assert (stage.job(job).state, stage.job(job).reason) == (JobState.QUEUED, SILENT)
     stage.dispatcher._tick()
-    late = datetime.now(UTC) + timedelta(minutes=5)
-    monkeypatch.setattr(module, "_now", lambda: late)
-    stage.dispatcher._tick()
-    assert (stage.ray.stopped, stage.job(job).state) == ([f"{job}-1"], JobState.QUEUED)
+    assert stage.job(job).state == JobState.QUEUED
     stage.ray.jobs[f"{job}-1"] = "STOPPED"
     stage.dispatcher._tick()
     assert stage.job(job).attempt == 2
+
+
+def test_a_driver_is_given_the_time_to_start(stage: Stage) -> None:
+    job, lease = stage.submit(), stage.settings.lease_seconds
+    stage.dispatcher._tick()
+    stage.let_pass(module.STARTING_LEASES * lease - STEP)
+    assert stage.job(job).state == JobState.RUNNING
+    stage.let_pass(STEP)
+    assert stage.job(job).reason == SILENT
 
 
 def test_a_job_whose_drivers_die_again_and_again_fails(stage: Stage) -> None:
@@ -314,3 +369,174 @@ def test_a_head_that_lives_but_does_nothing_is_started_anew(
         assert (stage.ray.heads, list(stage.ray.jobs)) == (2, [f"{job}-{module.MOST_RAY_FAILURES + 1}"])
     finally:
         stage.dispatcher.stop()
+
+
+def test_a_driver_that_writes_is_left_alone_whatever_the_clocks_say(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = stage.submit()
+    stage.dispatcher._tick()
+    store = SqlTrialStore(stage.database, job, 1)
+    for step in (timedelta(days=1), timedelta(days=-1)):
+        stepped = datetime.now(UTC) + step
+        monkeypatch.setattr(module, "_now", lambda stepped=stepped: stepped)
+        stage.let_pass(2 * stage.settings.lease_seconds, each=store.beat)
+    assert (stage.job(job).state, stage.job(job).attempt) == (JobState.RUNNING, 1)
+
+
+def test_after_an_outage_every_driver_has_a_whole_lease(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, lease = stage.submit_and_start(), stage.settings.lease_seconds
+    stage.let_pass(lease - STEP)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(module, "POLL_SECONDS", 60.0)
+    monkeypatch.setattr(module, "MOST_RAY_FAILURES", math.inf)
+    stage.ray.fault = ConnectionError("the dashboard is busy")
+    stage.dispatcher.start()
+    try:
+        stage.wait_for(lambda: not stage.dispatcher.ready()[0])
+        stage.ray.fault = None
+        stage.wait_for(lambda: stage.dispatcher.ready()[0])
+        stage.let_pass(lease - STEP)
+        assert stage.job(job).attempt == 1
+        stage.let_pass(STEP)
+        assert stage.job(job).reason == SILENT
+    finally:
+        stage.dispatcher.stop()
+
+
+def test_a_job_that_another_server_claimed_and_never_submitted_is_given_back(stage: Stage) -> None:
+    job = stage.submit()
+    assert stage.claim("server_dead") == job
+    stage.let_pass(stage.settings.lease_seconds - STEP)
+    assert stage.job(job).state == JobState.RUNNING
+    stage.let_pass(STEP)
+    assert stage.ray.jobs == {f"{job}-2": "RUNNING"}
+
+
+def test_the_jobs_of_another_server_are_let_alone_when_this_one_starts_anew(stage: Stage) -> None:
+    others, own = stage.submit(), stage.submit()
+    stage.claim("server_2")
+    stage.dispatcher._tick()
+    stage.dispatcher._drop_head("the server was stopped")
+    assert (stage.job(others).state, stage.job(own).state) == (JobState.RUNNING, JobState.QUEUED)
+    stage.dispatcher._connect()
+    stage.dispatcher._tick()
+    assert (stage.job(others).attempt, list(stage.ray.jobs)) == (1, [f"{own}-1", f"{own}-2"])
+
+
+def test_a_server_keeps_its_id_and_another_has_another(tmp_path: Path, open_stage: Open) -> None:
+    settings = [Settings(data_dir=tmp_path / name, _env_file=None) for name in ("one", "one", "two")]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    first, again, other = (open_stage(chosen).dispatcher._owner for chosen in settings)
+    assert first == again
+    assert first != other
+    assert first.startswith("server_")
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, open_stage: Open, postgres: Callable[[], str]) -> tuple[Stage, Stage]:
+    """Two servers on one database and one Ray cluster, for two jobs at a time."""
+    url, servers = postgres(), []
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        settings = Settings(
+            data_dir=tmp_path / name,
+            database_url=url,
+            ray_address="http://ray.example:8265",
+            max_running_jobs=2,
+            _env_file=None,
+        )
+        servers.append(open_stage(settings))
+    first, second = servers
+    second.dispatcher._client = second.ray = first.ray
+    return first, second
+
+
+def test_a_job_on_a_cluster_outlives_the_server_that_submitted_it(
+    cluster: tuple[Stage, Stage], open_stage: Open
+) -> None:
+    first, second = cluster
+    job = first.submit()
+    first.dispatcher._tick()
+    second.dispatcher._tick()
+    restarted = open_stage(first.settings)
+    restarted.dispatcher._client = first.ray
+    restarted.dispatcher._tick()
+    assert (first.job(job).state, first.job(job).attempt) == (JobState.RUNNING, 1)
+    first.ray.jobs[f"{job}-1"] = "FAILED"
+    second.dispatcher._tick()  # the first one is gone, and nobody waits for it
+    assert first.job(job).attempt == 2
+
+
+def test_servers_on_a_cluster_share_its_places(cluster: tuple[Stage, Stage]) -> None:
+    first, second = cluster
+    jobs = [first.submit() for _ in range(4)]
+    for server in (first, second, first, second):
+        server.dispatcher._tick()
+    assert sorted(first.ray.jobs) == sorted(f"{job}-1" for job in jobs[:2])
+    first.cancel(jobs[0])
+    second.dispatcher._tick()  # whose driver is still ending
+    assert len(first.ray.jobs) == 2
+
+
+def test_a_job_that_is_just_being_submitted_is_not_taken_for_gone(cluster: tuple[Stage, Stage]) -> None:
+    first, second = cluster
+    job = first.submit()
+    first.ray.on_submit = second.dispatcher._tick
+    first.dispatcher._tick()
+    assert (first.job(job).state, first.job(job).attempt) == (JobState.RUNNING, 1)
+
+
+def test_a_job_that_is_resumed_while_its_driver_ends_begins_no_second_one(
+    tmp_path: Path, open_stage: Open
+) -> None:
+    stage = open_stage(Settings(data_dir=tmp_path, max_running_jobs=2, _env_file=None))
+    job = stage.submit()
+    stage.dispatcher._tick()
+    stage.pause(job)
+    stage.resume(job)
+    stage.dispatcher._tick()
+    assert (stage.ray.stopped, list(stage.ray.jobs)) == ([f"{job}-1"], [f"{job}-1"])
+    stage.ray.jobs[f"{job}-1"] = "STOPPED"
+    stage.dispatcher._tick()
+    assert list(stage.ray.jobs) == [f"{job}-1", f"{job}-2"]
+
+
+def test_no_job_starts_while_the_disk_is_nearly_full(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    job, free = stage.submit(), 150_000_000
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    stage.dispatcher._problem = None
+    stage.dispatcher._tick()
+    ready, reason = stage.dispatcher.ready()
+    assert (ready, stage.job(job).state) == (False, JobState.QUEUED)
+    assert "150 MB free, and needs at least 200 MB" in reason
+    free = 200_000_000
+    stage.dispatcher._tick()
+    assert (stage.dispatcher.ready()[0], stage.job(job).state) == (True, JobState.RUNNING)
+
+
+def test_a_tenant_that_has_spent_its_device_seconds_gives_its_place_up(
+    tmp_path: Path, open_stage: Open
+) -> None:
+    stage = open_stage(Settings(data_dir=tmp_path, tenant_max_device_seconds=60, _env_file=None))
+    spender, other = stage.submit("spender"), stage.submit("other")
+    stage.dispatcher._tick()
+    store = SqlTrialStore(stage.database, spender, 1)
+    store.charge_side(59.0)
+    stage.dispatcher._tick()
+    assert stage.job(spender).state == JobState.RUNNING
+    store.charge_side(1.0)
+    stage.dispatcher._tick()
+    assert (stage.job(spender).state, stage.job(spender).reason) == (
+        JobState.QUEUED,
+        "its tenant has used its device-seconds of this month",
+    )
+    with stage.database.read() as session:
+        assert JobRepository(session).attempts_without_progress(spender) == 0
+    stage.dispatcher._tick()
+    stage.ray.jobs[f"{spender}-1"] = "STOPPED"
+    stage.dispatcher._tick()
+    assert list(stage.ray.jobs) == [f"{spender}-1", f"{other}-1"]
