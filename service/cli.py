@@ -11,22 +11,30 @@ import csv
 import io
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from http import HTTPStatus
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 
 from coterie.service import console
-from coterie.service.client import DEFAULT_URL, ApiError, Client, Form, Job, Unreachable
+from coterie.service.client import DEFAULT_URL, TOKEN_VARIABLE, ApiError, Client, Form, Job, Unreachable
 
 if TYPE_CHECKING:
     from coterie.service.config import Settings
     from coterie.service.spec_file import SpecFile
+    from coterie.service.storage.database import Database
 
 JOB_FAILED = 1
 WRONG_USE = 2
 INTERRUPTED = 130
+NO_TOKEN = (
+    f"\nSet {TOKEN_VARIABLE} to an access token of this server; an admin has them, and on its machine "
+    "`coterie token create` makes one."
+)
 SUFFIXES: dict[str, Form] = {".safetensors": "safetensors", ".onnx": "onnx", ".pt2": "pt2"}
 
 app = typer.Typer(
@@ -37,14 +45,23 @@ app = typer.Typer(
 )
 database = typer.Typer(help="The server's database.", no_args_is_help=True)
 app.add_typer(database, name="db")
+tokens = typer.Typer(help="Access tokens, made in the database itself.", no_args_is_help=True)
+app.add_typer(tokens, name="token")
+tenants = typer.Typer(help="Tenants, who share jobs, and what each may use.", no_args_is_help=True)
+app.add_typer(tenants, name="tenant")
+webhooks = typer.Typer(help="Who is told of events; it takes an admin's token.", no_args_is_help=True)
+app.add_typer(webhooks, name="webhook")
 
 Server = Annotated[str, typer.Option("--server", metavar="URL", envvar="COTERIE_SERVER", help="The server.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="Id of a job.")]
+WebhookId = Annotated[str, typer.Argument(metavar="WEBHOOK", help="Id of a webhook.")]
 DataDir = Annotated[
     Path | None,
     typer.Option("--data-dir", metavar="FOLDER", help="Data folder; default the user's own for Coterie."),
 ]
+Tenant = Annotated[str, typer.Option("--tenant", metavar="NAME", help="Whose jobs it opens.")]
+MaxJobs = Annotated[str | None, typer.Option(metavar="JOBS", help="At a time; none takes the limit back.")]
 MaxMacs = Annotated[float | None, typer.Option(help="At most so many multiply-accumulates.")]
 MaxParams = Annotated[float | None, typer.Option(help="At most so many parameters.")]
 MaxLatency = Annotated[float | None, typer.Option(help="At most so many milliseconds an answer.")]
@@ -58,7 +75,8 @@ def main() -> None:
     try:
         app(prog_name="coterie")
     except ApiError as error:
-        _fail(str(error), WRONG_USE if error.status < 500 else JOB_FAILED)
+        hint = NO_TOKEN if error.status == HTTPStatus.UNAUTHORIZED else ""
+        _fail(f"{error}{hint}", WRONG_USE if error.status < 500 else JOB_FAILED)
     except Unreachable as error:
         _fail(f"{error}\nStart a server with `coterie serve`, or name another one with --server URL.")
 
@@ -186,6 +204,22 @@ def logs(
 
 
 @app.command()
+def events(
+    job: JobId,
+    after: Annotated[int, typer.Option(min=0, help="Only events of a higher number.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON document a line.")] = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Print what happens to a job, a line an event, until it has ended."""
+    with _connect(server) as client:
+        try:
+            for event in client.job(job).events(after):
+                typer.echo(json.dumps(event, ensure_ascii=False) if as_json else console.event_line(event))
+        except KeyboardInterrupt:
+            raise SystemExit(INTERRUPTED) from None
+
+
+@app.command()
 def front(
     job: JobId,
     as_json: AsJson = False,
@@ -305,6 +339,18 @@ def resume(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) ->
         _show_state(client.job(job).resume(), as_json)
 
 
+@app.command(context_settings={"ignore_unknown_options": True})  # or -5 would be an option
+def priority(
+    job: JobId,
+    number: Annotated[int, typer.Argument(metavar="N", help="Higher starts first; -1000 to 1000.")],
+    as_json: AsJson = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Let a job start sooner or later than others; one that runs goes on."""
+    with _connect(server) as client:
+        _show_state(client.job(job).set_priority(number), as_json)
+
+
 @app.command()
 def datasets(as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
     """List the data sets that jobs can name."""
@@ -329,11 +375,254 @@ def upgrade(data_dir: DataDir = None) -> None:
     typer.echo("The database is up to date.")
 
 
+@app.command()
+def audit(
+    action: Annotated[str | None, typer.Option(help="Only changes of this kind, as job.cancel.")] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """List what was changed in your tenant and by whom, newest first; it takes an admin's token."""
+    with _connect(server) as client:
+        found = list(client.changes(action=action, limit=limit))
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_changes(console.make_console(), found)
+
+
+@webhooks.command("create")
+def create_webhook(
+    url: Annotated[str, typer.Argument(metavar="URL", help="Where events are sent to.")],
+    kinds: Annotated[
+        list[str] | None,
+        typer.Option("--kind", help="Of the events: job, trial or front; may be repeated; default all."),
+    ] = None,
+    as_json: AsJson = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Have events of all jobs of the tenant sent to a URL; print the secret that signs them, this once."""
+    with _connect(server) as client:
+        made = client.create_webhook(url, kinds or ())
+    if as_json:
+        _print_json(made)
+    else:
+        typer.echo(made["secret"])
+        typer.echo(f"{made['id']}: its secret is not shown again.", err=True)
+
+
+@webhooks.command("list")
+def list_webhooks(as_json: AsJson = False, server: Server = DEFAULT_URL) -> None:
+    """List webhooks, oldest first."""
+    with _connect(server) as client:
+        found = client.webhooks()
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_webhooks(console.make_console(), found)
+
+
+@webhooks.command("delete")
+def delete_webhook(webhook: WebhookId, server: Server = DEFAULT_URL) -> None:
+    """Send a webhook nothing more, and forget what was sent."""
+    with _connect(server) as client:
+        client.delete_webhook(webhook)
+    typer.echo(f"{webhook}: deleted")
+
+
+@webhooks.command("deliveries")
+def list_deliveries(
+    webhook: WebhookId,
+    state: Annotated[
+        Literal["pending", "delivered", "dead"] | None, typer.Option(help="Only deliveries in this state.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, help="At most so many.")] = 20,
+    as_json: AsJson = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """List what was sent to a webhook or is on its way, newest first."""
+    with _connect(server) as client:
+        found = client.deliveries(webhook, state=state, limit=limit)
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_deliveries(console.make_console(), found)
+
+
+@webhooks.command("retry")
+def retry_delivery(
+    webhook: WebhookId,
+    delivery: Annotated[str, typer.Argument(metavar="DELIVERY", help="Id of a delivery.")],
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Send a delivery again that is dead or waits."""
+    with _connect(server) as client:
+        client.retry_delivery(webhook, delivery)
+    typer.echo(f"{delivery}: on its way")
+
+
+@tokens.command("create")
+def create_token(
+    role: Annotated[
+        Literal["reader", "submitter", "admin"],
+        typer.Option(help="What it allows: to read; to run jobs too; to make tokens too."),
+    ],
+    tenant: Tenant = "default",
+    expires: Annotated[
+        str | None,
+        typer.Option(metavar="WHEN", help="Until when, as 30d, 12h or 2027-01-01; default for ever."),
+    ] = None,
+    name: Annotated[str, typer.Option(help="What you call it, to tell it from others.")] = "",
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Make an access token and print it, this once. A server may be running meanwhile."""
+    from coterie.service import access
+    from coterie.service.auth import Role
+
+    with _opened(_settings(data_dir=data_dir)) as database:
+        try:
+            made = access.create_token(
+                database,
+                access.operator(tenant),
+                role=Role(role),
+                name=name,
+                expires_at=None if expires is None else access.parse_expiry(expires, datetime.now(UTC)),
+            )
+        except ValueError as error:
+            _fail(str(error))
+    if as_json:
+        _print_json(made.model_dump(mode="json"))
+    else:
+        typer.echo(made.token)
+        typer.echo(
+            f"{made.id}: {role} of tenant {tenant}. It is not shown again: keep it, and set {TOKEN_VARIABLE} "
+            "to it where it is used.",
+            err=True,
+        )
+
+
+@tokens.command("list")
+def list_tokens(
+    tenant: Annotated[str | None, typer.Option(metavar="NAME", help="Only this tenant's.")] = None,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """List access tokens, newest first."""
+    from coterie.service import access
+
+    with _opened(_settings(data_dir=data_dir)) as database:
+        found = [token.model_dump(mode="json") for token in access.all_tokens(database, tenant)]
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_tokens(console.make_console(), found, datetime.now(UTC))
+
+
+@tokens.command("revoke")
+def revoke_token(
+    token: Annotated[str, typer.Argument(metavar="ID", help="Id of a token, as token_...")],
+    data_dir: DataDir = None,
+) -> None:
+    """Revoke an access token: within seconds it opens nothing."""
+    from coterie.service import access
+    from coterie.service.storage.repositories import NotFound
+
+    with _opened(_settings(data_dir=data_dir)) as database:
+        try:
+            access.revoke_token(database, None, token)
+        except NotFound:
+            _fail("There is no token of this id: `coterie token list` shows them.")
+    typer.echo(f"{token}: revoked")
+
+
+@tenants.command("set")
+def set_tenant(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tenant.")],
+    max_queued_jobs: MaxJobs = None,
+    max_running_jobs: MaxJobs = None,
+    max_device_seconds: Annotated[
+        str | None, typer.Option(metavar="SECONDS", help="In a calendar month (UTC); none takes it back.")
+    ] = None,
+    max_stored_bytes: Annotated[
+        str | None, typer.Option(metavar="BYTES", help="Files of its trials; none takes it back.")
+    ] = None,
+    data_dir: DataDir = None,
+) -> None:
+    """Set what a tenant may use; limits that are not given stay as they are."""
+    from pydantic import ValidationError
+
+    from coterie.service import access
+
+    given = {
+        "max_queued_jobs": max_queued_jobs,
+        "max_running_jobs": max_running_jobs,
+        "max_device_seconds": max_device_seconds,
+        "max_stored_bytes": max_stored_bytes,
+    }
+    limits = {limit: text for limit, text in given.items() if text is not None}
+    settings = _settings(data_dir=data_dir)
+    with _opened(settings) as database:
+        try:
+            access.set_limits(database, name, limits)
+        except ValidationError as error:
+            fault = error.errors()[0]
+            _fail(f"--{str(fault['loc'][0]).replace('_', '-')}: {fault['msg']}; or none")
+        except ValueError as error:
+            _fail(str(error))
+        found = access.show_tenant(database, name, settings.tenant_limits).model_dump()
+    console.show_tenants(console.make_console(), [found])
+
+
+@tenants.command("list")
+def list_tenants(as_json: AsJson = False, data_dir: DataDir = None) -> None:
+    """List tenants: what each uses, of what it may."""
+    from coterie.service import access
+
+    settings = _settings(data_dir=data_dir)
+    with _opened(settings) as database:
+        found = [tenant.model_dump() for tenant in access.list_tenants(database, settings.tenant_limits)]
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_tenants(console.make_console(), found)
+
+
+@tenants.command("show")
+def show_tenant(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="The tenant.")],
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Show what a tenant uses, of what it may."""
+    from coterie.service import access
+
+    settings = _settings(data_dir=data_dir)
+    with _opened(settings) as database:
+        found = access.show_tenant(database, name, settings.tenant_limits).model_dump()
+    if as_json:
+        _print_json(found)
+    else:
+        console.show_tenants(console.make_console(), [found])
+
+
+@contextmanager
+def _opened(settings: "Settings") -> "Iterator[Database]":
+    """The database itself, whether or not a server uses it too."""
+    from coterie.service import serving
+
+    try:
+        with serving.opened_database(settings) as database:
+            yield database
+    except serving.CannotServe as error:
+        _fail(str(error))
+
+
 def _connect(server: str) -> Client:
     try:
         return Client(server)
-    except ValueError:
-        _fail(f"--server: must be like {DEFAULT_URL}, found {server}")
+    except ValueError as error:
+        _fail(str(error).replace("base_url", "--server"))
 
 
 def _settings(**given: Any) -> "Settings":
@@ -360,7 +649,7 @@ def _submit(client: Client, spec: "SpecFile") -> Job:
         if not error.errors or error.status >= 500:
             raise
         faults = (f"{spec.locate(fault['pointer'])}: {fault['detail']}" for fault in error.errors)
-        _fail("\n".join([error.title, *(f"  {fault}" for fault in faults)]))
+        _fail("\n".join(["The job can't be run as specified", *(f"  {fault}" for fault in faults)]))
 
 
 def _watch(job: Job, as_json: bool) -> None:

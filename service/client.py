@@ -9,9 +9,10 @@ Neither torch nor Ray is imported unless a network is loaded, so that scripts an
 
 import json
 import os
+import random
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -29,8 +30,16 @@ if TYPE_CHECKING:  # pydantic and torch take seconds to import, and only the typ
 Document = dict[str, Any]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+TOKEN_VARIABLE = "COTERIE_TOKEN"
 CONNECTION_RETRIES = 2  # of connecting only: a request that was sent is never sent again
+RATE_RETRIES = 5  # of a request that was refused since its token came too often
+LONGEST_WAIT_SECONDS = 60.0  # before such a retry; told to wait longer, the caller is told too
 PAGE_SIZE = 200
+SILENCE_SECONDS = 45.0  # an event stream that is silent for so long is broken: there is a heartbeat every 15
+# Before an event stream that broke is taken up again; doubled each time.
+FIRST_PAUSE_SECONDS = 0.2
+LAST_PAUSE_SECONDS = 10.0
+PASSING = frozenset({429, 502, 503, 504})  # statuses of servers that start, stop or have too much to do
 ENDED = frozenset({"succeeded", "failed", "cancelled"})  # states in which a job stays
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -68,22 +77,26 @@ class Client:
     Args:
         base_url: Where the server is.
         timeout: Seconds to wait for a connection, and for each piece of an answer.
+        token: An access token; by default the environment's `COTERIE_TOKEN`, if that is set.
 
     Raises:
-        ValueError: If `base_url` is not an http or https URL.
+        ValueError: If `base_url` is not an http or https URL, or `token` can't be a token.
 
     Every method that asks the server raises `ApiError` where it refuses and `Unreachable` where none answers.
     """
 
-    def __init__(self, base_url: str = DEFAULT_URL, timeout: float = 30.0) -> None:
+    def __init__(
+        self, base_url: str = DEFAULT_URL, timeout: float = 30.0, *, token: str | None = None
+    ) -> None:
         url = _parse(base_url)
         self.base_url = str(url).rstrip("/")
         self.timeout = timeout
         self._http = httpx.Client(
             base_url=self.base_url,
             timeout=timeout,
+            headers=_authorization(os.environ.get(TOKEN_VARIABLE) if token is None else token),
             # Given a transport, httpx asks no proxy of the environment: none knows this machine's ports.
-            transport=httpx.HTTPTransport(retries=CONNECTION_RETRIES),
+            transport=_Patient(retries=CONNECTION_RETRIES),
         )
 
     def __enter__(self) -> Self:
@@ -131,6 +144,40 @@ class Client:
         """The trial with this id."""
         return Trial(self, self._json("GET", _path("trials", trial_id)))
 
+    def create_webhook(self, url: str, kinds: Sequence[str] = ()) -> Document:
+        """Have events sent to a URL, of these kinds (job, trial, front; default all), signed with a secret.
+
+        Returns:
+            The webhook, with its `secret`, which is not shown again.
+        """
+        body = {"url": url, "kinds": list(kinds)} if kinds else {"url": url}
+        return self._json("POST", "/v1/webhooks", json=body)
+
+    def webhooks(self) -> list[Document]:
+        """The tenant's webhooks, oldest first."""
+        return list(self._pages("/v1/webhooks", {}))
+
+    def delete_webhook(self, webhook_id: str) -> None:
+        """Send a webhook nothing more."""
+        with self._answer("DELETE", _path("webhooks", webhook_id)):
+            pass
+
+    def deliveries(
+        self, webhook_id: str, *, state: str | None = None, limit: int | None = None
+    ) -> list[Document]:
+        """What was sent to a webhook or is on its way, newest first.
+
+        Args:
+            webhook_id: Id of the webhook.
+            state: Only pending, delivered or dead ones.
+            limit: At most so many; default all.
+        """
+        return list(self._items(_path("webhooks", webhook_id, "deliveries"), limit, state=state))
+
+    def retry_delivery(self, webhook_id: str, delivery_id: str) -> Document:
+        """Send a delivery again that is dead or waits."""
+        return self._json("POST", _path("webhooks", webhook_id, "deliveries", delivery_id, "retry"))
+
     def datasets(self) -> list[Document]:
         """The data sets that jobs can name, with their tasks and the JSON Schema of their options."""
         return list(self._pages("/v1/datasets", {}))
@@ -146,6 +193,19 @@ class Client:
     def metrics(self) -> list[Document]:
         """The metrics, with direction and unit."""
         return list(self._pages("/v1/metrics", {}))
+
+    def tenant(self) -> Document:
+        """The caller's tenant: `limits`, and `usage` now and in this month."""
+        return self._json("GET", "/v1/tenant")
+
+    def changes(self, *, action: str | None = None, limit: int | None = None) -> Iterator[Document]:
+        """What was changed in the caller's tenant, and by whom, newest first; for admins.
+
+        Args:
+            action: Only changes of this kind, as `job.cancel`.
+            limit: At most so many; default all.
+        """
+        return self._items("/v1/audit", limit, action=action)
 
     def health(self) -> Document:
         """That the server lives."""
@@ -167,6 +227,31 @@ class Client:
             cursor = page["next_cursor"]
             if cursor is None:
                 return
+
+    def _events(self, path: str, after: int) -> Iterator[Document]:
+        seen = after
+        met = False  # whether a server has answered: until then its absence is an error, as everywhere
+        pause = FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                with self._answer(
+                    "GET",
+                    path,
+                    headers={"Last-Event-ID": str(seen)},
+                    timeout=max(self.timeout, SILENCE_SECONDS),
+                ) as response:
+                    if response.status_code == httpx.codes.NO_CONTENT:
+                        return
+                    met = True
+                    for event in _server_sent(response.iter_lines()):
+                        seen, pause = event["sequence"], FIRST_PAUSE_SECONDS
+                        yield event
+            except (ApiError, Unreachable) as error:
+                passes = isinstance(error, Unreachable) or error.status in PASSING
+                if not (met and passes):
+                    raise
+            time.sleep(pause * random.uniform(0.5, 1))
+            pause = min(2 * pause, LAST_PAUSE_SECONDS)
 
     def _json(self, method: str, path: str, *, params: Document | None = None, **request: Any) -> Document:
         with self._answer(method, path, params=params, **request) as response:
@@ -374,6 +459,24 @@ class Job:
         """Queue it again after a pause."""
         return self._change("resume")
 
+    def set_priority(self, priority: int) -> Self:
+        """Let it start sooner (higher) or later than other jobs; one that runs goes on."""
+        self.document = self._client._json("PATCH", _path("jobs", self.id), json={"priority": priority})
+        return self
+
+    def events(self, after: int = 0) -> Iterator[Document]:
+        """What happens to it, as it happens, until it has ended; none is left out or comes twice.
+
+        When the connection breaks or the server restarts, it goes on where it was, however long that takes.
+
+        Args:
+            after: Only events of a higher `sequence`.
+
+        Yields:
+            `{job_id, sequence, kind, at, data}`; `kind` is job, trial, measurement or front.
+        """
+        return self._client._events(_path("jobs", self.id, "events"), after)
+
     def logs(self, tail: int | None = None) -> str:
         """What the job's driver wrote; the last `tail` lines of it."""
         return self._client._text(_path("jobs", self.id, "logs"), {"tail": tail})
@@ -473,6 +576,17 @@ class Trial:
             return load_architecture(self.download(folder))
 
 
+def _server_sent(lines: Iterable[str]) -> Iterator[Document]:
+    """The data of Server-Sent Events, whole ones only; comments and the like are left out."""
+    data: list[str] = []
+    for line in lines:
+        if line.startswith("data:"):
+            data.append(line[len("data:") :])
+        elif not line and data:
+            yield json.loads("\n".join(data))
+            data = []
+
+
 @contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
     """A new file that takes the place of `path` once it is written, and vanishes if that fails."""
@@ -497,7 +611,35 @@ def _parse(base_url: str) -> httpx.URL:
         raise ValueError(f"base_url: must be like {DEFAULT_URL}, found {base_url!r}") from error
     if url.scheme not in ("http", "https") or not url.host:
         raise ValueError(f"base_url: must be like {DEFAULT_URL}, found {base_url!r}")
+    if url.userinfo:  # errors name the URL
+        raise ValueError(f"base_url: must hold no password; {TOKEN_VARIABLE} takes an access token")
     return url
+
+
+class _Patient(httpx.HTTPTransport):
+    """Comes back when the server says, where a token came too often: what was refused has not happened."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        response = super().handle_request(request)
+        for _ in range(RATE_RETRIES):
+            wait = response.headers.get("Retry-After", "")
+            if response.status_code != httpx.codes.TOO_MANY_REQUESTS or not wait.isdecimal():
+                break
+            if int(wait) > LONGEST_WAIT_SECONDS:
+                break
+            response.close()
+            time.sleep(int(wait))
+            response = super().handle_request(request)
+        return response
+
+
+def _authorization(token: str | None) -> dict[str, str]:
+    if not token:
+        return {}
+    # What HTTP can't send, its libraries would quote in their errors.
+    if not (token.isascii() and token.isprintable() and " " not in token):
+        raise ValueError(f"token ({TOKEN_VARIABLE}): must be as `coterie token create` printed it")
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _problem(response: httpx.Response) -> ApiError:

@@ -1,14 +1,16 @@
 """What a server is told by its operator: `COTERIE_*` variables, a `.env` file, or the command line."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Self
 
 import platformdirs
-from pydantic import AfterValidator, Field, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import AfterValidator, BeforeValidator, Field, model_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from coterie.service.storage.database import sqlite_file
+from coterie.service.storage.tenants import Limits
 
 
 def _default_data_dir() -> Path:
@@ -18,6 +20,11 @@ def _default_data_dir() -> Path:
 def _absolute(path: Path) -> Path:
     """Jobs run in folders of their own, so no path may depend on the server's."""
     return path.expanduser().absolute()
+
+
+def _words(value: object) -> object:
+    """A list as a variable has it: with commas or blanks between."""
+    return re.split(r"[,\s]+", value.strip(", \t")) if isinstance(value, str) else value
 
 
 class Settings(BaseSettings):
@@ -38,13 +45,58 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    max_running_jobs: int = Field(default=1, ge=1, description="Jobs that run at a time; the others wait.")
+    max_connections: int = Field(
+        default=1000, ge=1, description="Connections at a time, event streams included; others get a 503."
+    )
+    cors_origins: Annotated[
+        tuple[Annotated[str, Field(pattern=r"^https?://[^/\s*]+$")], ...], NoDecode, BeforeValidator(_words)
+    ] = Field(
+        default=(),
+        description="Origins of web pages that may call the API, as https://example.org; by default none.",
+    )
+    requests_per_second: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Requests that a token may make on average, of this server; by default no limit.",
+    )
+    max_running_jobs: int = Field(
+        default=1,
+        ge=1,
+        description="Jobs that run at a time on the embedded head, or on the cluster whichever server starts "
+        "them; the others wait.",
+    )
     cpus: int | None = Field(default=None, ge=1, description="CPU cores of the embedded head; default all.")
     gpus: int | None = Field(
         default=None, ge=0, description="GPUs of the embedded head; default what Ray finds."
     )
     lease_seconds: float = Field(
-        default=30, gt=0, description="A driver that was not heard of for so long is taken for dead."
+        default=30,
+        gt=0,
+        description="A driver, or a process that trains, that was silent for so long is taken for dead.",
+    )
+    min_free_bytes: int = Field(
+        default=200_000_000,
+        ge=0,
+        description="While less is free on the data folder's disk, no job starts; queued ones wait.",
+    )
+    tenant_max_queued_jobs: int | None = Field(
+        default=None, ge=0, description="Jobs of one tenant that may be queued; default without limit."
+    )
+    tenant_max_running_jobs: int | None = Field(
+        default=None, ge=0, description="Jobs of one tenant that may run at a time; default without limit."
+    )
+    tenant_max_device_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        description="Device-seconds that one tenant may use in a calendar month, UTC; default without limit.",
+    )
+    tenant_max_stored_bytes: int | None = Field(
+        default=None, ge=0, description="Bytes that the files of one tenant may take; default without limit."
+    )
+
+    webhook_allow_private: bool = Field(
+        default=False, description="Whether webhooks may be in the server's own network, or on its machine."
     )
 
     @model_validator(mode="after")
@@ -61,6 +113,16 @@ class Settings(BaseSettings):
     def url(self) -> str:
         """The database's SQLAlchemy URL."""
         return self.database_url or f"sqlite:///{self.data_dir / 'coterie.db'}"
+
+    @property
+    def tenant_limits(self) -> Limits:
+        """The limits of tenants that have none of their own."""
+        return Limits(
+            max_queued_jobs=self.tenant_max_queued_jobs,
+            max_running_jobs=self.tenant_max_running_jobs,
+            max_device_seconds=self.tenant_max_device_seconds,
+            max_stored_bytes=self.tenant_max_stored_bytes,
+        )
 
     @property
     def node_cpus(self) -> int:

@@ -32,6 +32,10 @@ UNKNOWN = "-"
 GAIN = "delta_m"  # what a confirmed point is judged by
 TASK_PREFIX = "task."  # of a metric that is one task's own
 
+WAITS = {  # for more than its turn
+    "running_limit": "its tenant runs as many jobs as it may",
+    "device_seconds": "its tenant has used its device-seconds of this month",
+}
 STYLES = {
     "succeeded": "green",
     "completed": "green",
@@ -57,12 +61,83 @@ def show_jobs(console: Console, jobs: Iterable[Job], now: datetime) -> None:
         trials = job.progress["budget"]["trials"]
         table.add_row(
             job.id,
-            _state(job.state),
+            _state(job.state, job.document["queue"]),
             str(trials["used"]) if trials["total"] is None else f"{trials['used']}/{trials['total']}",
             _age(now, job),
             Text(job.document["name"]),
         )
     _show(console, table, cut_last=True)
+
+
+def show_tokens(console: Console, tokens: Iterable[Document], now: datetime) -> None:
+    """A line a token."""
+    table = _table(("token", "tenant", "role", "state", "expires", "name"))
+    for token in tokens:
+        expires = token["expires_at"]
+        if token["revoked_at"] is not None:
+            state = "revoked"
+        else:
+            state = "expired" if expires and datetime.fromisoformat(expires) <= now else "good"
+        row = (token["id"], token["tenant"], token["role"], state, expires or "never", token["name"])
+        table.add_row(*map(Text, row))
+    _show(console, table, cut_last=True)
+
+
+def show_tenants(console: Console, tenants: Iterable[Document]) -> None:
+    """A line a tenant: what it uses, of what it may."""
+    kinds = ("queued_jobs", "running_jobs", "device_seconds", "stored_bytes")
+    titles = ("queued", "running", "device-seconds this month", "bytes stored")
+    table = _table(("tenant", *titles), right=titles)
+    for tenant in tenants:
+        limits = ((kind, tenant["limits"][f"max_{kind}"]) for kind in kinds)
+        uses = (
+            _amount(tenant["usage"][kind]) + ("" if limit is None else f" of {_amount(limit)}")
+            for kind, limit in limits
+        )
+        table.add_row(*map(Text, (tenant["name"], *uses)))
+    _show(console, table)
+
+
+def show_changes(console: Console, changes: Iterable[Document]) -> None:
+    """A line a change."""
+    table = _table(("at", "by", "action", "target", "detail"))
+    for change in changes:
+        detail = ", ".join(f"{name} {value}" for name, value in change["detail"].items())
+        row = (change["at"], change["token_id"] or UNKNOWN, change["action"], change["target"], detail)
+        table.add_row(*map(Text, row))
+    _show(console, table, cut_last=True)
+
+
+def show_webhooks(console: Console, webhooks: Iterable[Document]) -> None:
+    """A line a webhook."""
+    table = _table(("webhook", "state", "kinds", "url"))
+    for webhook in webhooks:
+        state = "disabled" if webhook["disabled_at"] else "told"
+        table.add_row(webhook["id"], state, ", ".join(webhook["kinds"]), Text(webhook["url"]))
+    _show(console, table)
+
+
+def show_deliveries(console: Console, deliveries: Iterable[Document]) -> None:
+    """A line a delivery."""
+    table = _table(
+        ("delivery", "state", "attempts", "due", "job", "sequence", "kind", "error"), ("attempts", "sequence")
+    )
+    for delivery in deliveries:
+        row = [delivery[name] for name in ("id", "state", "attempts", "due_at", "job_id", "sequence", "kind")]
+        cells = [UNKNOWN if value is None else str(value) for value in (*row, delivery["last_error"])]
+        table.add_row(*map(Text, cells))
+    _show(console, table, cut_last=True)
+
+
+def event_line(event: Document) -> str:
+    """An event in one line."""
+    pairs = (
+        f"{name} {_figures(value) if isinstance(value, dict) else _parameter(value)}"
+        for name, value in event["data"].items()
+        if value is not None
+    )
+    line = f"{event['sequence']:>6}  {event['at'][:19]}  {event['kind']:<11}  {', '.join(pairs)}"
+    return "".join(character if character.isprintable() else " " for character in line)
 
 
 def show_datasets(console: Console, items: Sequence[Document]) -> None:
@@ -84,6 +159,7 @@ def show_job(console: Console, job: Job) -> None:
     objectives = (objective["metric"] for objective in spec["objectives"])
     pairs = {
         "state": _with_reason(document),
+        "queue": _place(document["queue"]),
         "trials": _trial_counts(job.progress["trials"]),
         "budget": _budget(job.progress["budget"]),
         "time left": "" if eta is None else _duration(eta),
@@ -478,8 +554,16 @@ def _show_pairs(console: Console, title: str, pairs: Mapping[str, str]) -> None:
             console.print(Text.assemble((label, "dim"), line))
 
 
-def _state(state: str) -> Text:
-    return Text(state, style=STYLES.get(state, ""))
+def _state(state: str, place: Document | None = None) -> Text:
+    return Text(f"{state} ({place['position']})" if place else state, style=STYLES.get(state, ""))
+
+
+def _place(place: Document | None) -> str:
+    if place is None:
+        return ""
+    expected = place["expected_start_at"]
+    waits = WAITS.get(place["waits_for"]) or (f"expected to start at {expected}" if expected else "")
+    return f"place {place['position']}{waits and ': '}{waits}"
 
 
 def _with_reason(document: Document) -> str:

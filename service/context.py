@@ -3,8 +3,14 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from sqlalchemy.orm import Session
+
+from coterie.service.auth import ANYONE, Caller
 from coterie.service.config import Settings
+from coterie.service.hub import Hub
 from coterie.service.storage.database import Database
+from coterie.service.storage.repositories import JobRepository
+from coterie.service.storage.trials import TrialRepository
 
 
 class Dispatcher(Protocol):
@@ -33,8 +39,18 @@ class Dispatcher(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """A server's settings, its database and its dispatcher."""
+    """A server's settings, its database, its dispatcher and its event streams, and who asks."""
 
     settings: Settings
     database: Database
     dispatcher: Dispatcher
+    hub: Hub
+    caller: Caller = ANYONE
+
+    def jobs(self, session: Session) -> JobRepository:
+        """The caller's jobs: others do not exist for them."""
+        return JobRepository(session, self.caller.tenant)
+
+    def trials(self, session: Session) -> TrialRepository:
+        """The caller's trials."""
+        return TrialRepository(session, self.caller.tenant)

@@ -63,7 +63,7 @@ _LOG_LINES_SHOWN = 20
 _CREATE_TIME_TOLERANCE = 2.0
 
 # A shell's settings for another Ray would win over ours.
-_FOREIGN_SETTINGS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN")
+_FOREIGN_SETTINGS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_AUTH_TOKEN", "COTERIE_TOKEN")
 
 
 class RayHeadError(RuntimeError):

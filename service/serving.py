@@ -6,14 +6,17 @@ import ipaddress
 import json
 import logging
 import os
+import resource
+import shlex
 import signal
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from errno import EADDRINUSE
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -22,11 +25,17 @@ from rich.console import Console
 from coterie.service import VERSION
 from coterie.service.config import Settings
 from coterie.service.ray_head import TOKEN_FILE
+from coterie.service.request_id import RequestIdFilter
+
+if TYPE_CHECKING:
+    from coterie.service.storage.database import Database
 
 LOCK_FILE = "lock"
 BACKLOG = 128
 FREE_CONNECTIONS_SECONDS = 5  # for answers under way when the server is told to stop
 DASHBOARD_POLL_SECONDS = 0.2
+_ADVICE = "Ctrl-C stops it; jobs that run go on when it is started again."
+OTHER_FILES = 500  # besides those of connections: the database's, those that are sent, Ray's pipes
 
 
 class CannotServe(Exception):
@@ -44,24 +53,36 @@ def serve(settings: Settings, console: Console) -> None:
         _tell_owner(lock, url)
         from coterie.service.app import create_app  # slow, and the two checks above need none of it
 
-        _prepare_database(settings)
-        logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        access = _access(settings, listener)
+        _log()
+        _allow_files(settings.max_connections)
         app = create_app(settings)
-        config = uvicorn.Config(
-            app,
-            log_config=None,
-            log_level="warning",
-            lifespan="on",
-            server_header=False,
-            timeout_graceful_shutdown=FREE_CONNECTIONS_SECONDS,
-        )
-        server = _Server(config, app, [f"Coterie {VERSION} serves {url}", *_places(url, settings)], console)
+        lines = [f"Coterie {VERSION} serves {url}", *_places(url, settings), *access, _ADVICE]
+        server = _Server(server_config(app, settings), app, lines, console)
         with _hangup_handled_by(server):
             try:
                 server.run(sockets=[listener])
             except SystemExit as error:  # uvicorn's way to say that the lifespan failed, which it has logged
                 raise CannotServe("The server could not start: the log above says why.") from error
     console.print("Stopped.")
+
+
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How uvicorn serves the app."""
+    from coterie.service.protocol import Protocol  # slow, like the app
+
+    return uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        lifespan="on",
+        server_header=False,
+        proxy_headers=False,  # nothing here depends on what a proxy, or anyone, says of the client
+        limit_concurrency=settings.max_connections,
+        timeout_graceful_shutdown=FREE_CONNECTIONS_SECONDS,
+    )
 
 
 def upgrade_database(settings: Settings) -> None:
@@ -76,7 +97,7 @@ def upgrade_database(settings: Settings) -> None:
     with locked(settings.data_dir):
         try:
             migrate.upgrade(settings.url)
-        except DatabaseUnavailable as error:
+        except (migrate.SchemaMismatch, DatabaseUnavailable) as error:
             raise CannotServe(f"The database can't be used: {error}.") from error
 
 
@@ -103,9 +124,12 @@ class _Server(uvicorn.Server):
         for line in self._lines:
             self._console.print(line)
         self._dashboard = asyncio.create_task(self._show_dashboard())
+        # Behind the first answers, so that the first submission need not wait for it.
+        self._search = asyncio.get_running_loop().run_in_executor(None, _import_search)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._dashboard.cancel()
+        self._app.state.context.hub.end_streams()  # or they would be waited for
         await super().shutdown(sockets)
 
     async def _show_dashboard(self) -> None:
@@ -120,13 +144,55 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _prepare_database(settings: Settings) -> None:
-    """As the server does when it starts, but with its faults in words."""
+def _import_search() -> None:
+    """Import what plans a job: with torch it takes seconds."""
+    import coterie.search.catalogue
+    import coterie.search.plan  # noqa: F401
+    from coterie.search.data.registry import sources
+
+    sources()
+
+
+def _log() -> None:
+    handler = logging.StreamHandler()
+    handler.addFilter(RequestIdFilter())
+    logging.basicConfig(
+        level=logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s [%(request_id)s]: %(message)s",
+        handlers=[handler],
+    )
+
+
+def _allow_files(connections: int) -> None:
+    """Let the process have a file open for each connection; many systems allow 1,024 until they are asked."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        most = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
+@contextmanager
+def opened_database(settings: Settings) -> Iterator["Database"]:
+    """The database, made if there is none; whether or not a server uses it too.
+
+    Raises:
+        CannotServe: If it has another version's schema, or is not to be had.
+    """
     from coterie.service.storage import migrate  # slow, like the server
-    from coterie.service.storage.database import DatabaseUnavailable
+    from coterie.service.storage.database import Database, DatabaseUnavailable
 
     try:
+        settings.data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise CannotServe(f"The data folder {settings.data_dir} can't be used: {error.strerror}.") from error
+    try:
         migrate.prepare(settings.url)
+        database = Database(settings.url)
+        try:
+            yield database
+        finally:
+            database.close()
     except (migrate.SchemaMismatch, DatabaseUnavailable) as error:
         raise CannotServe(f"The database can't be used: {error}.") from error
 
@@ -138,8 +204,33 @@ def _places(url: str, settings: Settings) -> list[str]:
         f"  API docs       {url}/docs",
         f"  data           {settings.data_dir}",
         *([f"  Ray's token    {settings.data_dir / TOKEN_FILE}"] if own_ray else []),
-        "Ctrl-C stops it; jobs that run go on when it is started again.",
     ]
+
+
+def _access(settings: Settings, listener: socket.socket) -> list[str]:
+    """Who may use the server, in words.
+
+    Raises:
+        CannotServe: If other machines could, and nobody has a token.
+    """
+    from coterie.service.storage.tokens import TokenRepository  # slow, like the server
+
+    with opened_database(settings) as database, database.read() as session:
+        tokens = TokenRepository(session)
+        needed, usable = tokens.exist(), tokens.any_usable(datetime.now(UTC))
+    make = f"  coterie token create --role admin --data-dir {shlex.quote(str(settings.data_dir))}"
+    if not ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        if not usable:
+            raise CannotServe(
+                f"--host {settings.host} lets other machines in, and nobody has an access token yet. "
+                f"Make one first:\n{make}"
+            )
+        return [
+            "  access         with a token, from any machine; put TLS in front, or others on the way read it",
+        ]
+    if needed:
+        return ["  access         with a token, from this machine"]
+    return ["  access         open to all on this machine, until the first token is made:", f"  {make}"]
 
 
 @contextmanager
@@ -183,7 +274,10 @@ def _tell_owner(lock: Any, url: str) -> None:
 @contextmanager
 def _listening(host: str, port: int) -> Iterator[socket.socket]:
     """A listening socket: taken before anything is started, so that a busy port costs nothing."""
-    family, address = _loopback_address(host, port)
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise CannotServe(f"--host {host}: {error.strerror or error}.") from error
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a server may follow another at once
         try:
@@ -192,20 +286,6 @@ def _listening(host: str, port: int) -> Iterator[socket.socket]:
         except OSError as error:
             raise CannotServe(_no_port(host, port, error)) from error
         yield listener
-
-
-def _loopback_address(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
-    """What `host` means; only this machine's own addresses, since there are no access tokens yet."""
-    try:
-        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise CannotServe(f"--host {host}: {error.strerror or error}.") from error
-    if not ipaddress.ip_address(address[0]).is_loopback:
-        raise CannotServe(
-            f"--host {host} would let other machines in, and Coterie has no access tokens yet.\n"
-            "Use 127.0.0.1, and a tunnel (ssh -L) to reach it from elsewhere."
-        )
-    return family, address
 
 
 def _no_port(host: str, port: int, error: OSError) -> str:
