@@ -12,7 +12,6 @@ from typing import Literal
 from coterie.models.metrics import YARDSTICK_FLOOR
 from coterie.models.tasks import CLASSIFICATION, KIND_METRICS, Direction
 from coterie.search.objective import (
-    COSTS,
     METRICS,
     YARDSTICK_SEEDS,
     SplitName,
@@ -21,7 +20,7 @@ from coterie.search.objective import (
 )
 from coterie.search.plan import MOST_REFERENCES, Plan, measure_size
 from coterie.search.space import RECIPE, backbone_dimensions, recipe_of, sizes_of
-from coterie.search.store import Candidate, Reference, ReferenceKey, Setting
+from coterie.search.store import COSTS, Candidate, Reference, ReferenceKey, Setting
 
 # What is worse than this adds nothing to the hypervolume; costs are in multiples of the yardstick's.
 WORST_MEASURED_COST = 10.0

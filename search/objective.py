@@ -102,7 +102,6 @@ METRICS: Mapping[str, Metric] = {
 
 PLANNED = frozenset({"mean_rank"})
 YARDSTICK_SEEDS = (0, 1, 2)
-COSTS = ("macs", "params", "latency_ms", "peak_memory_mb", "train_device_seconds")
 
 # Units of the tasks' own metrics; what is not here is in the unit of the task's target.
 TASK_UNITS: Mapping[str, str] = {

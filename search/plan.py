@@ -16,6 +16,7 @@ from coterie.models.metrics import METRIC_SCALES
 from coterie.models.tasks import CLASSIFICATION, KIND_METRICS, Direction, Grouping, TaskSet
 from coterie.search.data.base import Source, fingerprint
 from coterie.search.data.registry import sources
+from coterie.search.faults import Fault, SpecError, escape
 from coterie.search.objective import METRICS, PLANNED, YARDSTICK_SEEDS, metric_directions
 from coterie.search.scheduler import NOT_JUDGED, make_scheduler
 from coterie.search.space import (
@@ -41,31 +42,6 @@ SIZES = (*COUNTED, "peak_memory_mb")  # what is known of a network before it is 
 # A few seconds each for small networks: more than that take longer than the search that they serve.
 MOST_REFERENCES = 500
 META = torch.device("meta")  # shapes without memory
-
-
-@dataclass(frozen=True)
-class Fault:
-    """One thing that is wrong with a spec.
-
-    Attributes:
-        pointer: JSON pointer (RFC 6901) to it.
-        detail: What is wrong, and what would be right.
-    """
-
-    pointer: str
-    detail: str
-
-
-class SpecError(ValueError):
-    """A spec that asks for what does not exist or cannot be.
-
-    Attributes:
-        faults: All that was found, at least one.
-    """
-
-    def __init__(self, faults: list[Fault]) -> None:
-        super().__init__("; ".join(f"{fault.pointer}: {fault.detail}" for fault in faults))
-        self.faults = tuple(faults)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,11 +247,6 @@ def make_plan(spec: JobSpec) -> Plan:
     if faults:
         raise SpecError(faults)
     return plan
-
-
-def escape(part: str | int) -> str:
-    """One reference token of a JSON pointer (RFC 6901)."""
-    return str(part).replace("~", "~0").replace("/", "~1")
 
 
 def _resolve_data(dataset: DatasetSpec) -> tuple[type[Source], BaseModel]:

@@ -11,8 +11,24 @@ from fastapi_offline import FastAPIOffline
 from coterie.service import VERSION, schemas
 from coterie.service.config import Settings
 from coterie.service.context import Context, Dispatcher
-from coterie.service.errors import install_handlers
-from coterie.service.routes import architectures, catalogue, fronts, health, jobs, page, trials
+from coterie.service.delivery import Deliverer
+from coterie.service.errors import install_handlers, problem_responses
+from coterie.service.gate import Gate
+from coterie.service.hub import Hub
+from coterie.service.middleware import install_middleware
+from coterie.service.routes import (
+    admin,
+    architectures,
+    catalogue,
+    events,
+    fronts,
+    health,
+    jobs,
+    page,
+    trials,
+    webhooks,
+)
+from coterie.service.routes.authentication import ACCESS_ERRORS, AUTHENTICATED
 from coterie.service.storage import migrate
 from coterie.service.storage.database import Database
 
@@ -20,12 +36,16 @@ _ROUTERS = (
     jobs.router,
     trials.router,
     fronts.router,
+    events.router,
+    webhooks.router,
     architectures.router,
     catalogue.router,
-    health.router,
+    admin.router,
     page.router,
 )
 _COMPONENT = "#/components/schemas/{model}"
+# Of what endpoints read or answer by themselves, past FastAPI.
+_UNSEEN = (schemas.Problem, schemas.TokenRequest, schemas.WebhookSpec, schemas.Event)
 
 
 def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> FastAPI:
@@ -50,15 +70,30 @@ def create_app(settings: Settings, dispatcher: Dispatcher | None = None) -> Fast
 
     def document_with_problems() -> dict[str, Any]:
         document = plain_document()
-        problem = schemas.Problem.model_json_schema(ref_template=_COMPONENT)
-        document["components"]["schemas"] |= {**problem.pop("$defs"), "Problem": problem}
+        for operation in (op for item in document["paths"].values() for op in item.values()):
+            for parameter in operation.get("parameters", []):
+                parameter["schema"] = _without_null(parameter["schema"])
+        for model in _UNSEEN:
+            schema = model.model_json_schema(ref_template=_COMPONENT)
+            document["components"]["schemas"] |= {**schema.pop("$defs", {}), model.__name__: schema}
         return document
 
     app.openapi = document_with_problems  # type: ignore[method-assign] # as FastAPI's manual has it
     install_handlers(app)
+    install_middleware(app, settings.cors_origins)
+    app.include_router(health.router)
     for router in _ROUTERS:
-        app.include_router(router)
+        app.include_router(router, dependencies=[AUTHENTICATED], responses=problem_responses(*ACCESS_ERRORS))
     return app
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A parameter may be left out, but no URL or header holds a null."""
+    rest = [choice for choice in schema.get("anyOf", []) if choice != {"type": "null"}]
+    if len(rest) != 1:
+        return schema
+    named = {name: value for name, value in schema.items() if name not in {"anyOf", "default"}}
+    return {**named, **rest[0]}
 
 
 def _lifespan(
@@ -69,10 +104,14 @@ def _lifespan(
         database = await run_sync(_open_database, settings)
         try:
             dispatcher = given if given is not None else await run_sync(_ray_dispatcher, settings, database)
-            app.state.context = Context(settings, database, dispatcher)
+            hub = Hub(database)
+            app.state.gate = Gate(database, settings.requests_per_second)
+            app.state.context = Context(settings, database, dispatcher, hub)
             await run_sync(dispatcher.start)
             try:
-                yield
+                deliverer = Deliverer(database, allow_private=settings.webhook_allow_private)
+                async with hub.running(), deliverer.running():
+                    yield
             finally:
                 await run_sync(dispatcher.stop)
         finally:

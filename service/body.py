@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from coterie.search.plan import Fault, SpecError, escape
+from coterie.search.faults import Fault, SpecError, escape
 
 LIMIT_DEPTH = 64
 LIMIT_ITEMS = 1000  # of any list or object; no schema of ours allows more
@@ -21,20 +21,20 @@ _WORDS = {  # where pydantic speaks of Python
 
 
 class MalformedBody(Exception):
-    """The body is missing, no JSON, or nested beyond `LIMIT_DEPTH`."""
+    """The body is missing, no JSON, names a field twice, or is nested beyond `LIMIT_DEPTH`."""
 
 
 def parse_json(body: bytes) -> Any:
     """Parse a body and refuse what JSON or our storage can't hold.
 
     Raises:
-        MalformedBody: If it is no JSON in UTF-8, or nested too deeply.
+        MalformedBody: If it is no JSON in UTF-8, names a field twice, or is nested too deeply.
         SpecError: If a number is not finite, a text holds half a character, or a list is too long.
     """
     if not body.strip():
         raise MalformedBody("the body must be a JSON document, and there is none")
     try:
-        document = json.loads(body.decode("utf-8"), parse_int=_parse_int)
+        document = json.loads(body.decode("utf-8"), parse_int=_parse_int, object_pairs_hook=_object)
     except UnicodeDecodeError as error:
         raise MalformedBody(f"the body must be UTF-8: byte {error.start} is not") from None
     except json.JSONDecodeError as error:
@@ -68,6 +68,13 @@ def validate(model: type[Model], document: object) -> Model:
                 found.append(message)
         faults = [Fault(pointer, "; or ".join(found)) for pointer, found in details.items()]
         raise SpecError(faults[:LIMIT_FAULTS]) from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    document = dict(pairs)
+    if len(document) < len(pairs):  # whoever checks the body before us may take another one (RFC 8259, 4)
+        raise MalformedBody("the body must name each field of an object once")
+    return document
 
 
 def _parse_int(digits: str) -> int | float:

@@ -1,30 +1,36 @@
 """Errors as HTTP sees them: one table, and the problem documents (RFC 9457) made from it."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from coterie.search.plan import Fault, SpecError, escape
+from coterie.search.faults import Fault, SpecError, escape
 from coterie.service import schemas
+from coterie.service.auth import Forbidden
 from coterie.service.body import LIMIT_POINTER, MalformedBody
 from coterie.service.conversion import ConversionBusy, ConversionFailed, NotConvertible
 from coterie.service.cursors import InvalidQuery
 from coterie.service.fronts import NoneFits
+from coterie.service.gate import TooManyRequests
+from coterie.service.request_id import current_request_id
+from coterie.service.routes.authentication import Unauthenticated, WrongHost
 from coterie.service.routes.reading import BodyTooLarge, WrongContentType
 from coterie.service.storage.database import DatabaseUnavailable
+from coterie.service.storage.queue import QuotaExceeded
 from coterie.service.storage.repositories import Conflict, NotFound
 
 MEDIA_TYPE = "application/problem+json"
-METHODS = ("DELETE", "GET", "HEAD", "PATCH", "POST", "PUT")
+METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
 logger = logging.getLogger(__name__)
 
 
@@ -44,14 +50,19 @@ KINDS: Mapping[type[Exception], Kind] = {
     MalformedBody: Kind(HTTPStatus.BAD_REQUEST, "malformed-body", "The body is not a JSON document"),
     ClientDisconnect: Kind(HTTPStatus.BAD_REQUEST, "malformed-body", "The body did not arrive"),
     InvalidQuery: BAD_QUERY,
+    Unauthenticated: Kind(HTTPStatus.UNAUTHORIZED, "unauthenticated", "Who asks is not known"),
+    Forbidden: Kind(HTTPStatus.FORBIDDEN, "forbidden", "The caller may not do this"),
+    WrongHost: Kind(HTTPStatus.MISDIRECTED_REQUEST, "wrong-host", "The server does not go by this name"),
+    TooManyRequests: Kind(HTTPStatus.TOO_MANY_REQUESTS, "too-many-requests", "The token is used too often"),
     NotFound: NOT_FOUND,
     NoneFits: Kind(HTTPStatus.NOT_FOUND, "none-fits", "No trial keeps the limits"),
+    QuotaExceeded: Kind(HTTPStatus.FORBIDDEN, "quota-exceeded", "The tenant has as much as it may have"),
     Conflict: Kind(HTTPStatus.CONFLICT, "conflict", "The state forbids it"),
     BodyTooLarge: Kind(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "body-too-large", "The body is too large"),
     WrongContentType: Kind(
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "wrong-content-type", "The body is not sent as JSON"
     ),
-    SpecError: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-spec", "The job can't be run as specified"),
+    SpecError: Kind(HTTPStatus.UNPROCESSABLE_ENTITY, "invalid-spec", "The body breaks a rule"),
     NotConvertible: Kind(HTTPStatus.CONFLICT, "not-convertible", "The network has no such form"),
     ConversionBusy: Kind(
         HTTPStatus.SERVICE_UNAVAILABLE, "conversion-busy", "The server converts other networks"
@@ -71,10 +82,9 @@ def install_handlers(app: FastAPI) -> None:
         app.add_exception_handler(error, _handle_ours)
     app.add_exception_handler(RequestValidationError, _handle_parameters)
     app.add_exception_handler(HTTPException, _handle_http)
-    app.add_exception_handler(Exception, _handle_unexpected)
 
 
-def _handle_ours(request: Request, error: Exception) -> JSONResponse:
+async def _handle_ours(request: Request, error: Exception) -> JSONResponse:
     kind = next(KINDS[kind] for kind in type(error).__mro__ if kind in KINDS)
     if isinstance(error, SpecError | InvalidQuery):
         return _problem(request, kind, _summary(error.faults), faults=error.faults)
@@ -89,10 +99,19 @@ def _handle_ours(request: Request, error: Exception) -> JSONResponse:
     response = _problem(request, kind, str(error) or kind.title)
     if isinstance(error, BodyTooLarge):
         response.headers["Connection"] = "close"  # or the server would go on to read what the client sends
+    elif isinstance(error, Unauthenticated):
+        response.headers["WWW-Authenticate"] = error.challenge
+    elif isinstance(error, TooManyRequests):
+        seconds = math.ceil(error.retry_seconds)
+        response.headers["Retry-After"] = str(seconds)
+        # As draft-ietf-httpapi-ratelimit-headers-10 has them.
+        window = math.ceil(error.window_seconds)
+        response.headers["RateLimit-Policy"] = f'"token";q={error.burst};w={window}'
+        response.headers["RateLimit"] = f'"token";r=0;t={seconds}'
     return response
 
 
-def _handle_parameters(request: Request, error: Exception) -> JSONResponse:
+async def _handle_parameters(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, RequestValidationError)
     found = error.errors()
     if any(fault["loc"][0] == "path" for fault in found):
@@ -103,36 +122,34 @@ def _handle_parameters(request: Request, error: Exception) -> JSONResponse:
     return _problem(request, BAD_QUERY, _summary(faults), faults=faults)
 
 
-def _handle_http(request: Request, error: Exception) -> JSONResponse:
+async def _handle_http(request: Request, error: Exception) -> Response:
     """What the router raises: an unknown path, or a known one with another method."""
     assert isinstance(error, HTTPException)
     status = HTTPStatus(error.status_code)
     if status == HTTPStatus.NOT_FOUND:
         return _problem(request, NOT_FOUND, "there is nothing at this path")
-    response = _problem(
-        request, Kind(status, status.name.lower().replace("_", "-"), status.phrase), error.detail
-    )
-    if status == HTTPStatus.METHOD_NOT_ALLOWED:
-        response.headers["Allow"] = ", ".join(_allowed(request))
+    kind = Kind(status, status.name.lower().replace("_", "-"), status.phrase)
+    if status != HTTPStatus.METHOD_NOT_ALLOWED:
+        return _problem(request, kind, error.detail)
+    allowed = ", ".join(_allowed(request))
+    if request.method == "OPTIONS":
+        return Response(status_code=HTTPStatus.NO_CONTENT, headers={"Allow": allowed})
+    response = _problem(request, kind, f"this path takes {allowed}")
+    response.headers["Allow"] = allowed
     return response
-
-
-def _handle_unexpected(request: Request, _: Exception) -> JSONResponse:
-    """Starlette raises the error again afterwards, so that the server logs its trace."""
-    logger.error("unexpected error in %s %s", request.method, request.url.path)
-    return _problem(request, INTERNAL, "this is a fault of the server, and its log says more")
 
 
 def _allowed(request: Request) -> list[str]:
     """The methods of all routes at this path: the router names only those of the first."""
-    return [
+    found = {
         method
         for method in METHODS
         if any(
             route.matches({**request.scope, "method": method})[0] is Match.FULL
             for route in request.app.routes
         )
-    ]
+    }
+    return sorted(found | {"OPTIONS"} | ({"HEAD"} if "GET" in found else set()))
 
 
 def _summary(faults: Sequence[Fault]) -> str:
@@ -140,20 +157,26 @@ def _summary(faults: Sequence[Fault]) -> str:
     return first if len(faults) == 1 else f"{first} (and {len(faults) - 1} more)"
 
 
-def _problem(
-    request: Request,
+def _problem(request: Request, kind: Kind, detail: str, **members: Any) -> JSONResponse:
+    return problem_response(kind, detail, instance=request.url.path, **members)
+
+
+def problem_response(
     kind: Kind,
     detail: str,
     *,
+    instance: str,
     faults: Sequence[Fault] | None = None,
     nearest: schemas.NearestMiss | None = None,
 ) -> JSONResponse:
+    """A problem document; `instance` is the path of the request."""
     problem = schemas.Problem(
         type=f"urn:coterie:problem:{kind.name}",
         title=kind.title,
         status=kind.status,
         detail=detail,
-        instance=request.url.path[:LIMIT_POINTER],
+        instance=instance[:LIMIT_POINTER],
+        request_id=current_request_id.get(),
         errors=None
         if faults is None
         else [schemas.Fault(pointer=f.pointer, detail=f.detail) for f in faults],

@@ -6,7 +6,7 @@ from fastapi import APIRouter, Response
 
 from coterie.service import VERSION, schemas
 from coterie.service.errors import problem_responses
-from coterie.service.routes.parameters import ContextOf
+from coterie.service.routes.parameters import OpenContext
 from coterie.service.storage.database import DatabaseUnavailable
 
 router = APIRouter(tags=["health"], responses=problem_responses())
@@ -19,7 +19,7 @@ def read_health() -> schemas.Health:
 
 
 @router.get("/readyz", responses={503: {"model": schemas.Readiness, "description": "It can't run jobs now"}})
-def read_readiness(context: ContextOf, response: Response) -> schemas.Readiness:
+def read_readiness(context: OpenContext, response: Response) -> schemas.Readiness:
     """Say whether database and Ray are there."""
     try:
         context.database.check_reachable()

@@ -11,7 +11,7 @@ class BodyTooLarge(Exception):
 
 
 class WrongContentType(Exception):
-    """The body does not say that it is JSON."""
+    """The body does not say that it is JSON, or is compressed."""
 
 
 async def read_body(request: Request) -> bytes:
@@ -32,6 +32,9 @@ async def read_body(request: Request) -> bytes:
             break
     if read > LIMIT_BYTES:
         raise BodyTooLarge(f"the body must be at most {LIMIT_BYTES:,} bytes")
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding != "identity":  # what is small may be without end when it is unpacked
+        raise WrongContentType("the body must be sent as it is, without Content-Encoding")
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise WrongContentType("the body must be JSON, sent with Content-Type: application/json")
     return bytes(body)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 import uvicorn
@@ -30,6 +31,8 @@ from coterie.search.store import (
 )
 from coterie.service.app import create_app
 from coterie.service.config import Settings
+from coterie.service.protocol import Protocol
+from coterie.service.serving import server_config
 from coterie.service.storage.store import SqlTrialStore
 from tests.service.conftest import RecordingDispatcher, Server, confirm
 from tests.service.side_runs import measure_affinities, use_references
@@ -51,26 +54,52 @@ class LiveServer(Server):
 
 
 @contextmanager
-def live_server(data_dir: Path) -> Iterator[LiveServer]:
-    settings = Settings(data_dir=data_dir, _env_file=None)
+def live_server(
+    data_dir: Path, *, protocol: type[Protocol] = Protocol, **chosen: Any
+) -> Iterator[LiveServer]:
+    settings = Settings(data_dir=data_dir, _env_file=None, **chosen)
     dispatcher = RecordingDispatcher()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        config = uvicorn.Config(create_app(settings, dispatcher), log_config=None, lifespan="on")
+        config = server_config(create_app(settings, dispatcher), settings)
+        config.http = protocol
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         while not server.started:
             assert thread.is_alive()
             time.sleep(0.005)
-        with httpx.Client(base_url=url) as client:
-            live = LiveServer(url, settings, dispatcher, client)
-            yield live
-            live.database.close()
-        server.should_exit = True
-        thread.join()
+        try:
+            with httpx.Client(base_url=url) as client:
+                live = LiveServer(url, settings, dispatcher, client)
+                yield live
+                live.database.close()
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def say(address: tuple[str, int], *parts: bytes, pause: float = 0.0) -> tuple[int, dict[str, str], bytes]:
+    """Send what may be no HTTP, and read until the server closes: status, headers, body."""
+    with socket.create_connection(address, timeout=10) as connection:
+        for part in parts:
+            try:
+                connection.sendall(part)
+            except OSError:
+                break  # it had enough, and its answer is there to be read
+            time.sleep(pause)
+        answer = b""
+        try:
+            while chunk := connection.recv(65536):
+                answer += chunk
+        except ConnectionResetError:
+            pass
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(status.split()[1]) if status else 0, headers, body
 
 
 def add_trial(
