@@ -2,12 +2,17 @@
 
 import base64
 import binascii
+import math
 import re
 from collections.abc import Sequence
 
-from coterie.search.plan import Fault
+from coterie.search.faults import Fault
 
-_TEXT = re.compile(r"([a-z-]+):(0|[1-9][0-9]{0,17})")  # 18 digits fit 64 bits
+_ORDER = r"[A-Za-z0-9_.+-]+"
+_POSITION = r"0|[1-9][0-9]{0,17}"  # 18 digits fit 64 bits
+_VALUE = r"-?[0-9.]{1,24}(?:e[+-]?[0-9]{1,3})?"  # as Python writes a float
+_PLACE = re.compile(f"({_ORDER}):({_POSITION})")
+_VALUE_AND_PLACE = re.compile(f"({_ORDER}):({_VALUE}):({_POSITION})")
 
 
 class InvalidQuery(Exception):
@@ -24,7 +29,7 @@ class InvalidQuery(Exception):
 
 def encode_cursor(order: str, position: int) -> str:
     """The cursor after `position` in a list of this order."""
-    return base64.urlsafe_b64encode(f"{order}:{position}".encode()).decode().rstrip("=")
+    return _encode(f"{order}:{position}")
 
 
 def decode_cursor(order: str, cursor: str | None) -> int | None:
@@ -33,17 +38,50 @@ def decode_cursor(order: str, cursor: str | None) -> int | None:
     Raises:
         InvalidQuery: If the cursor is not one of ours, or of another order.
     """
+    return None if cursor is None else int(_parts(_PLACE, order, cursor)[2])
+
+
+def encode_value_cursor(order: str, value: float, position: int) -> str:
+    """The cursor after a value, and a position among equal values, in a list that is sorted by value."""
+    return _encode(f"{order}:{value!r}:{position}")
+
+
+def decode_value_cursor(order: str, cursor: str | None) -> tuple[float, int] | None:
+    """The value and the position in a cursor of a list that is sorted by value.
+
+    Raises:
+        InvalidQuery: If the cursor is not one of ours, or of another order.
+    """
     if cursor is None:
         return None
+    parts = _parts(_VALUE_AND_PLACE, order, cursor)
+    try:
+        value = float(parts[2])
+    except ValueError:
+        raise _invalid() from None
+    if not math.isfinite(value):
+        raise _invalid()
+    return value, int(parts[3])
+
+
+def _encode(text: str) -> str:
+    return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+
+def _parts(pattern: re.Pattern[str], order: str, cursor: str) -> re.Match[str]:
     try:
         text = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode(
             "ascii"
         )
     except (binascii.Error, ValueError):
-        text = ""
-    found = _TEXT.fullmatch(text)
+        raise _invalid() from None
+    found = pattern.fullmatch(text)
     if found is None or found[1] != order:
-        raise InvalidQuery(
-            [Fault("/query/cursor", "must be the next_cursor of a page of this list, in this order")]
-        )
-    return int(found[2])
+        raise _invalid()
+    return found
+
+
+def _invalid() -> InvalidQuery:
+    return InvalidQuery(
+        [Fault("/query/cursor", "must be the next_cursor of a page of this list, in this order")]
+    )

@@ -1,19 +1,26 @@
 """What can be asked of a job's front."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from coterie.models.tasks import Direction
-from coterie.search.confirm import summarise
-from coterie.search.front import Front, feasible
-from coterie.search.plan import Fault
-from coterie.search.spec import ConstraintSpec, JobSpec
+from coterie.search.faults import Fault
+from coterie.search.front import non_dominated
+from coterie.search.spec import ConstraintSpec
 from coterie.service import schemas
 from coterie.service.context import Context
 from coterie.service.cursors import InvalidQuery, decode_cursor, encode_cursor
-from coterie.service.storage.repositories import JobRepository, TrialRepository
+from coterie.service.documents import Document, parse
+from coterie.service.storage.shown import ShownRow
 from coterie.service.storage.store import confirmation_of
-from coterie.service.storage.tables import JobRow, TrialRow
-from coterie.service.views import metrics_of, point_view, trial_view
+from coterie.service.storage.tables import ConfirmationRow
+from coterie.service.storage.trials import TrialRepository
+from coterie.service.views import metrics_of, point_view, step_view, trial_view
+
+if TYPE_CHECKING:
+    from coterie.search.confirm import PointSummary
 
 _HISTORY = "history"
 
@@ -37,7 +44,7 @@ def read_front(
     metrics: Sequence[str] | None,
     limits: Sequence[ConstraintSpec],
     within_constraints: bool,
-) -> schemas.Front:
+) -> Document:
     """The front as the job keeps it, or another one over the same trials.
 
     Args:
@@ -52,30 +59,33 @@ def read_front(
         InvalidQuery: If one of `metrics` is none of the job's.
     """
     with context.database.read() as session:
-        jobs, trials = JobRepository(session), TrialRepository(session)
-        job = jobs.get(job_id)
-        confirmed = summarise([confirmation_of(row) for row in jobs.confirmations(job_id)])
-        as_kept = metrics is None and not limits and within_constraints
-        rows = trials.front(job_id) if as_kept else trials.completed(job_id)
-    objectives = [(metric, _direction(job, metric, "objectives")) for metric in metrics or _objectives(job)]
-    reference = _reference_point(job, [metric for metric, _ in objectives])
-    hypervolume = job.hypervolume
-    if not as_kept:
-        constraints = [*limits, *(_spec(job).constraints if within_constraints else [])]
-        rows, hypervolume = _other_front(rows, objectives, reference, constraints)
-    return schemas.Front(
-        objectives=[
-            schemas.Objective(metric=metric, direction=direction) for metric, direction in objectives
-        ],
-        reference_point=reference,
-        hypervolume=hypervolume,
-        points=[point_view(row, confirmed.get(row.id)) for row in rows],
-    )
+        jobs, trials = context.jobs(session), context.trials(session)
+        job = jobs.frame(job_id)
+        spec, known = parse(job.spec), parse(job.reference_point or "{}")
+        objectives = [
+            (metric, _direction(job, metric, "objectives")) for metric in metrics or _objectives(spec)
+        ]
+        names = {metric for metric, _ in objectives}
+        reference = {metric: known[metric] for metric in names} if names <= set(known) else None
+        if metrics is None and not limits and within_constraints:
+            rows, hypervolume = trials.front(job_id), job.hypervolume
+        else:
+            bounds = [*limits, *(_constraints(spec) if within_constraints else [])]
+            numbers, hypervolume = _other_front(
+                trials.completed_values(job_id), objectives, reference, bounds
+            )
+            rows = trials.points(job_id, numbers)
+        confirmations = jobs.confirmations(job_id)
+    confirmed = _summaries(confirmations) if confirmations else {}
+    return {
+        "objectives": [{"metric": metric, "direction": direction} for metric, direction in objectives],
+        "reference_point": reference,
+        "hypervolume": hypervolume,
+        "points": [point_view(row, confirmed.get(row.id)) for row in rows],
+    }
 
 
-def read_history(
-    context: Context, job_id: str, *, limit: int, cursor: str | None
-) -> schemas.Page[schemas.FrontStep]:
+def read_history(context: Context, job_id: str, *, limit: int, cursor: str | None) -> Document:
     """A page of the front's states, in order.
 
     Raises:
@@ -84,23 +94,17 @@ def read_history(
     """
     after = decode_cursor(_HISTORY, cursor) or 0
     with context.database.read() as session:
-        JobRepository(session).get(job_id)
-        rows = TrialRepository(session).history(job_id, after=after, limit=limit + 1)
-    shown = rows[:limit]
-    return schemas.Page(
-        items=[
-            schemas.FrontStep(
-                trial_id=row.trial_id, number=number, hypervolume=row.hypervolume, size=row.size, at=row.at
-            )
-            for row, number in shown
-        ],
-        next_cursor=encode_cursor(_HISTORY, shown[-1][0].sequence) if len(rows) > limit else None,
-    )
+        context.jobs(session).frame(job_id)
+        rows = context.trials(session).history(job_id, after=after, limit=limit + 1)
+    return {
+        "items": [step_view(row) for row in rows[:limit]],
+        "next_cursor": encode_cursor(_HISTORY, rows[limit - 1].sequence) if len(rows) > limit else None,
+    }
 
 
 def find_best(
     context: Context, job_id: str, *, metric: str | None, limits: Sequence[ConstraintSpec]
-) -> schemas.Trial:
+) -> Document:
     """The completed trial that is best in a metric within limits and constraints.
 
     By default the metric is the first objective. Of equal trials the cheaper in macs, then the earlier.
@@ -111,66 +115,89 @@ def find_best(
         NoneFits: If no trial keeps the limits.
     """
     with context.database.read() as session:
-        job = JobRepository(session).get(job_id)
-        rows = TrialRepository(session).completed(job_id)
-    wanted = metric or _objectives(job)[0]
-    direction = _direction(job, wanted, "metric")
-    constraints = [*limits, *_spec(job).constraints]
-    measured = [row for row in rows if row.values.get(wanted) is not None]
-    fitting = [row for row in measured if feasible(row.values, constraints)]
-    if not fitting:
-        raise _none_fits(job_id, measured, constraints)
-    sign = -1 if direction is Direction.MAXIMIZE else 1
-    best = min(fitting, key=lambda row: (sign * row.values[wanted], row.values["macs"], row.number))
-    return trial_view(best, metrics_of(job))
+        job = context.jobs(session).frame(job_id)
+        spec = parse(job.spec)
+        wanted = metric or _objectives(spec)[0]
+        descending = _direction(job, wanted, "metric") is Direction.MAXIMIZE
+        bounds = [*limits, *_constraints(spec)]
+        trials = context.trials(session)
+        best = trials.best(job_id, wanted, descending=descending, bounds=bounds)
+        if best is None:
+            raise _none_fits(trials, job_id, wanted, bounds)
+    return trial_view(best, metrics_of(spec))
 
 
-def _spec(job: JobRow) -> JobSpec:
-    return JobSpec.model_validate(job.spec)
+def _objectives(spec: Mapping[str, Any]) -> list[str]:
+    return [objective["metric"] for objective in spec["objectives"]]
 
 
-def _objectives(job: JobRow) -> list[str]:
-    return [objective.metric for objective in _spec(job).objectives]
+def _constraints(spec: Mapping[str, Any]) -> list[ConstraintSpec]:
+    return [ConstraintSpec(**constraint) for constraint in spec["constraints"]]
 
 
-def _direction(job: JobRow, metric: str, parameter: str) -> Direction:
-    if metric not in job.directions:
-        known = ", ".join(job.directions)
-        raise InvalidQuery([Fault(f"/query/{parameter}", f"must name metrics of the job, which are {known}")])
-    return Direction(job.directions[metric])
+def _direction(job: ShownRow, metric: str, parameter: str) -> Direction:
+    directions = parse(job.directions)
+    if metric not in directions:
+        raise unknown_metric(parameter, directions)
+    return Direction(directions[metric])
 
 
-def _reference_point(job: JobRow, metrics: Sequence[str]) -> dict[str, float] | None:
-    """The job's, where it has a value for each of these objectives."""
-    known = job.reference_point or {}
-    return {metric: known[metric] for metric in metrics} if set(metrics) <= set(known) else None
+def unknown_metric(parameter: str, known: Iterable[str]) -> InvalidQuery:
+    """That a query parameter names no metric of the job."""
+    return InvalidQuery(
+        [Fault(f"/query/{parameter}", f"must name metrics of the job, which are {', '.join(known)}")]
+    )
+
+
+def _summaries(rows: Sequence[ConfirmationRow]) -> Mapping[str, "PointSummary"]:
+    from coterie.search.confirm import summarise  # brings torch
+
+    return summarise([confirmation_of(row) for row in rows])
 
 
 def _other_front(
-    rows: Sequence[TrialRow],
+    trials: Sequence[tuple[int, schemas.Values]],
     objectives: Sequence[tuple[str, Direction]],
     reference_point: Mapping[str, float] | None,
-    constraints: Sequence[ConstraintSpec],
-) -> tuple[list[TrialRow], float | None]:
-    front = Front(objectives, reference_point)
-    for row in rows:
-        measured = all(row.values.get(metric) is not None for metric, _ in objectives)
-        if measured and feasible(row.values, constraints):
-            front.insert(row.id, row.values)
-    on_front = front.points
-    return [row for row in rows if row.id in on_front], front.hypervolume
-
-
-def _none_fits(job_id: str, rows: Sequence[TrialRow], constraints: Sequence[ConstraintSpec]) -> NoneFits:
-    if not rows:
-        return NoneFits(f"no trial of job {job_id} has completed yet", None)
-    nearest = min(
-        rows, key=lambda row: (max(_excess(row.values, bound) for bound in constraints), row.number)
+    bounds: Sequence[ConstraintSpec],
+) -> tuple[list[int], float | None]:
+    """Numbers of the trials on a front, and its hypervolume."""
+    metrics = [metric for metric, _ in objectives]
+    wanted = [*metrics, *(bound.metric for bound in bounds)]
+    rows = [[values.get(metric) for metric in wanted] for _, values in trials]
+    values_NM = np.array(rows, dtype=np.float64).reshape(len(trials), len(wanted))  # what is missing is NaN
+    fits_N = np.isfinite(values_NM[:, : len(metrics)]).all(axis=1)
+    for column_N, bound in zip(values_NM.T[len(metrics) :], bounds, strict=True):
+        least, most = (
+            (-np.inf if bound.min is None else bound.min),
+            (np.inf if bound.max is None else bound.max),
+        )
+        fits_N &= (least <= column_N) & (column_N <= most)
+    fitting = np.flatnonzero(fits_N)
+    front, hypervolume = non_dominated(
+        values_NM[fitting, : len(metrics)],
+        [direction for _, direction in objectives],
+        None if reference_point is None else [reference_point[metric] for metric in metrics],
     )
-    found = ", ".join(f"{bound.metric} {nearest.values.get(bound.metric)}" for bound in constraints)
+    return [trials[index][0] for index in fitting[front]], hypervolume
+
+
+def _none_fits(
+    trials: TrialRepository, job_id: str, metric: str, bounds: Sequence[ConstraintSpec]
+) -> NoneFits:
+    measured = [
+        (number, values)
+        for number, values in trials.completed_values(job_id)
+        if values.get(metric) is not None
+    ]
+    if not measured:
+        return NoneFits(f"no trial of job {job_id} has completed yet", None)
+    number, values = min(measured, key=lambda trial: max(_excess(trial[1], bound) for bound in bounds))
+    [nearest] = trials.points(job_id, [number])
+    found = ", ".join(f"{bound.metric} {values.get(bound.metric)}" for bound in bounds)
     return NoneFits(
         f"no completed trial of job {job_id} keeps the limits; the nearest is {nearest.id} with {found}",
-        (nearest.id, nearest.values),
+        (nearest.id, values),
     )
 
 

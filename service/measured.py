@@ -1,20 +1,18 @@
 """What was trained beside a job's trials: its references, and how much its tasks help each other."""
 
-from coterie.models.affinity import AFFINITY_LR
-from coterie.search.affinity import one_step_affinity, pairwise_affinity
-from coterie.search.plan import SpecError, make_plan
+from coterie.search.faults import SpecError
 from coterie.search.spec import JobSpec
 from coterie.service import schemas
 from coterie.service.context import Context
 from coterie.service.cursors import decode_cursor, encode_cursor
-from coterie.service.storage.repositories import Conflict, JobRepository
+from coterie.service.storage.repositories import Conflict
 from coterie.service.storage.store import affinity_of, subset_of
 from coterie.service.views import network_settings, reference_view
 
 _REFERENCES = "references"
 _DESCRIPTIONS = {
     "one_step": "Share by which the loss of the column's task falls when the parameters that all tasks share "
-    f"take a gradient step of {AFFINITY_LR:g} on the loss of the row's task, mean over the first quarter of "
+    "take a gradient step of {step:g} on the loss of the row's task, mean over the first quarter of "
     "a network's training.",
     "pairwise": "Gain in percent of the metric that judges the column's task when it is trained together "
     "with the row's task, over training alone with the same seed.",
@@ -33,7 +31,7 @@ def list_references(
     """
     after = decode_cursor(_REFERENCES, cursor) or 0
     with context.database.read() as session:
-        jobs = JobRepository(session)
+        jobs = context.jobs(session)
         jobs.get(job_id)
         rows = [row for row in jobs.references(job_id) if row.position > after]
     shown = rows[:limit]
@@ -50,8 +48,12 @@ def list_affinities(context: Context, job_id: str) -> schemas.Page[schemas.Affin
         NotFound: If the job does not exist.
         Conflict: If its data set is not installed any more, so that nothing is known of its tasks.
     """
+    from coterie.models.affinity import AFFINITY_LR  # with torch: the server starts without it
+    from coterie.search.affinity import one_step_affinity, pairwise_affinity
+    from coterie.search.plan import make_plan
+
     with context.database.read() as session:
-        jobs = JobRepository(session)
+        jobs = context.jobs(session)
         row = jobs.get(job_id)
         one_step = [affinity_of(affinity) for affinity in jobs.affinities(job_id)]
         subsets = [subset_of(subset, job_id) for subset in jobs.subsets(job_id)]
@@ -67,7 +69,7 @@ def list_affinities(context: Context, job_id: str) -> schemas.Page[schemas.Affin
         items=[
             schemas.Affinity(
                 method=method,
-                description=_DESCRIPTIONS[method],
+                description=_DESCRIPTIONS[method].format(step=AFFINITY_LR),
                 tasks=list(tasks.names),
                 **network_settings(setting["backbone"], setting["recipe"]),
                 epochs=setting["epochs"],

@@ -1,13 +1,18 @@
 """What the API answers. The contract is `architecture.md`; what goes in is `coterie.search.spec.JobSpec`."""
 
 from datetime import datetime
-from typing import Annotated, Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 from coterie.models.tasks import Direction, TaskKind
 from coterie.search.spec import JobSpec
 from coterie.search.store import JobState, TrialState, VerdictKind
+from coterie.service.auth import Role
+from coterie.service.public_network import LIMIT_URL
+from coterie.service.storage.events import EventKind
+from coterie.service.storage.outbox import DeliveryState
+from coterie.service.storage.queue import Hold
 
 Item = TypeVar("Item")
 Values = dict[str, float | None]
@@ -55,6 +60,9 @@ class Problem(Schema):
     status: int = Field(description="The HTTP status.", ge=400, le=599)
     detail: str = Field(description="What is wrong with this request.")
     instance: str = Field(description="Path of the request.")
+    request_id: str | None = Field(
+        default=None, description="Names the request in the server's log; in the header X-Request-ID too."
+    )
     errors: list[Fault] | None = Field(default=None, description="Each fault, where there may be several.")
     nearest: NearestMiss | None = Field(
         default=None, description="Where no trial keeps the limits given: the one that comes closest."
@@ -109,12 +117,32 @@ class Progress(Schema):
     )
 
 
+class QueuePlace(Schema):
+    """When a queued job's turn comes."""
+
+    position: int = Field(
+        ge=1,
+        description="Its place among the queued jobs of all tenants, from 1, as things stand. Higher "
+        "priority starts first; of equal priority, the tenant of which fewest jobs run, then the one that "
+        "has waited longest for its turn; then the older job. What its tenant's limits hold back comes last.",
+    )
+    expected_start_at: datetime | None = Field(
+        description="When it is expected to start, in UTC, from how long jobs ran so far and what jobs ahead "
+        "may use; null while nothing is known, and where it waits for more than a place."
+    )
+    waits_for: Hold = Field(
+        description="place: for jobs ahead, or for one that runs to end. running_limit: its tenant runs as "
+        "many jobs as it may. device_seconds: its tenant has used those of this month."
+    )
+
+
 class JobLinks(Schema):
     """Where else to look."""
 
     self_: str = Field(alias="self", description="This job.")
     front: str = Field(description="Its front.")
     trials: str = Field(description="Its trials.")
+    events: str = Field(description="What happens to it, as a stream.")
     affinity: str = Field(description="How much its tasks help each other.")
     references: str = Field(description="The reference networks that it measures against.")
     logs: str = Field(description="The end of its driver's log.")
@@ -146,10 +174,13 @@ class Job(Schema):
     reason: str | None = Field(description="Why it is in this state, where that is not plain.")
     spec: JobSpec = Field(description="What was asked for, defaults filled in.")
     tenant: str = Field(description="Whose it is.")
-    priority: int = Field(description="Jobs of higher priority start first.")
+    priority: int = Field(
+        description="Jobs of higher priority start first. As changed last; the spec keeps what was asked for."
+    )
     created_at: datetime = Field(description="When it was submitted, in UTC.")
     started_at: datetime | None = Field(description="When it first ran, in UTC.")
     ended_at: datetime | None = Field(description="When it ended, in UTC.")
+    queue: QueuePlace | None = Field(description="When its turn comes; null unless it is queued.")
     progress: Progress = Field(description="How far it is.")
     hypervolume: float | None = Field(description="Of its front; null until the reference point is known.")
     verdict: Verdict | None = Field(
@@ -383,3 +414,162 @@ class Readiness(Schema):
 
     status: str = Field(description="ready or not ready.")
     checks: dict[str, Check] = Field(description="By what is needed: database, ray.")
+
+
+class TokenRequest(BaseModel):
+    """What a new access token should be."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    role: Role = Field(description="What it allows: a submitter may do what a reader may, an admin all.")
+    name: str = Field(
+        default="",
+        max_length=200,
+        pattern=r"^[^\x00-\x1f\x7f]*$",
+        description="What its maker calls it, to tell it from others.",
+    )
+    expires_at: AwareDatetime | None = Field(
+        default=None, description="Until when it is good; null for ever, unless it is revoked."
+    )
+
+
+class Token(Schema):
+    """An access token, without what makes it one."""
+
+    id: str = Field(description="Its id, which the token names too.")
+    tenant: str = Field(description="Whose jobs it opens.")
+    role: Role = Field(description="What it allows there.")
+    name: str = Field(description="What its maker calls it.")
+    created_at: At
+    expires_at: datetime | None = Field(description="Until when it is good; null for ever.")
+    revoked_at: datetime | None = Field(description="When it was revoked; null if it was not.")
+
+
+class NewToken(Token):
+    """An access token that was just made."""
+
+    token: str = Field(description="The token itself. It is shown this once, and only its digest is kept.")
+
+
+class TenantLimits(Schema):
+    """What a tenant may use; null is without limit."""
+
+    max_queued_jobs: int | None = Field(default=None, ge=0, le=2**31 - 1, description="Jobs that wait.")
+    max_running_jobs: int | None = Field(
+        default=None, ge=0, le=2**31 - 1, description="Jobs that run at a time."
+    )
+    max_device_seconds: float | None = Field(
+        default=None,
+        ge=0,
+        allow_inf_nan=False,
+        description="Devices reserved × time, in a calendar month (UTC).",
+    )
+    max_stored_bytes: int | None = Field(default=None, ge=0, le=2**63 - 1, description="Files of its trials.")
+
+
+class TenantUsage(Schema):
+    """What a tenant uses."""
+
+    month: str = Field(description="The calendar month that device-seconds are of, as 2026-11, in UTC.")
+    queued_jobs: int = Field(description="Jobs that wait now.")
+    running_jobs: int = Field(description="Jobs that run now.")
+    device_seconds: float = Field(description="Devices reserved × time in this month, deleted jobs included.")
+    stored_bytes: int = Field(description="Files of its trials now.")
+
+
+class Tenant(Schema):
+    """Those who share jobs, and see nobody else's."""
+
+    name: str = Field(description="Its name.")
+    limits: TenantLimits = Field(description="What it may use.")
+    usage: TenantUsage = Field(description="What it uses.")
+
+
+class Change(Schema):
+    """Something that was changed, and by whom."""
+
+    at: At
+    action: str = Field(description="What was done: the kind of thing and a verb, as job.cancel.")
+    target: str = Field(description="Id of what was changed.")
+    token_id: str | None = Field(
+        description="Whose doing: a token's id; null on a server without tokens, and for the operator."
+    )
+    request_id: str | None = Field(description="Of the request; null for the operator at a terminal.")
+    detail: dict[str, Any] = Field(description="What else is known of it.")
+
+
+class Event(Schema):
+    """Something that happened to a job."""
+
+    job_id: str = Field(description="The job.")
+    sequence: int = Field(description="Its place among the job's events, from 1 without a gap.")
+    kind: EventKind = Field(description="What it is about.")
+    at: At
+    data: dict[str, Any] = Field(description="What happened, by kind.")
+
+
+class WebhookSpec(BaseModel):
+    """Who wants to be told of what."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    url: str = Field(
+        min_length=1,
+        max_length=LIMIT_URL,
+        pattern=r"^https?://[^\s\x00-\x1f\x7f]+$",
+        description="Where events are sent to by POST; a public address, unless the server's operator allows "
+        "others.",
+    )
+    kinds: list[Literal["job", "trial", "front"]] = Field(
+        default=["job", "trial", "front"],
+        min_length=1,
+        max_length=3,
+        json_schema_extra={"uniqueItems": True},
+        description="Of the events to send. Measurements come too often: see the stream.",
+    )
+
+    @field_validator("kinds")
+    @classmethod
+    def _once_each(cls, kinds: list[str]) -> list[str]:
+        if len(set(kinds)) < len(kinds):
+            raise ValueError("each kind must be named once")
+        return kinds
+
+
+class Webhook(Schema):
+    """An address that is told of events of all the tenant's jobs."""
+
+    id: str = Field(description="Opaque, starts with webhook_.")
+    url: str = Field(description="Where events are sent to.")
+    kinds: list[str] = Field(description="Kinds of the events that are sent.")
+    created_at: At
+    disabled_at: datetime | None = Field(
+        description="Since when nothing is sent, as the receiver answered 410 Gone; null while it is told."
+    )
+
+
+class NewWebhook(Webhook):
+    """A webhook that was just made."""
+
+    secret: str = Field(
+        description="What is sent is signed with it, as Standard Webhooks has it: keep it, it is not shown "
+        "again."
+    )
+
+
+class Delivery(Schema):
+    """An event on its way to a webhook."""
+
+    id: str = Field(description="Opaque, starts with delivery_; sent as `webhook-id`, the same each time.")
+    job_id: str = Field(description="The event's job.")
+    sequence: int = Field(description="The event's place among the job's events.")
+    kind: EventKind = Field(description="The event's kind.")
+    state: DeliveryState = Field(
+        description="pending; delivered once the receiver answered with 2xx; dead when that was given up."
+    )
+    attempts: int = Field(description="How often it was tried since it was made or retried.")
+    due_at: datetime | None = Field(description="When it is tried next; null where it is not.")
+    last_status: int | None = Field(description="The HTTP status of the last answer; null where none came.")
+    last_error: str | None = Field(description="What went wrong the last time.")
+    created_at: At
+    delivered_at: datetime | None = Field(description="When it was delivered.")

@@ -3,12 +3,18 @@
 from pathlib import Path
 
 from coterie.search.store import FolderArtifacts, StoredFile, TrialState
-from coterie.service import schemas
 from coterie.service.context import Context
 from coterie.service.conversion import Form, convert
-from coterie.service.cursors import decode_cursor, encode_cursor
-from coterie.service.storage.repositories import JobRepository, NotFound, TrialRepository
-from coterie.service.views import metrics_of, trial_view
+from coterie.service.cursors import (
+    decode_cursor,
+    decode_value_cursor,
+    encode_cursor,
+    encode_value_cursor,
+)
+from coterie.service.documents import Document, parse
+from coterie.service.fronts import unknown_metric
+from coterie.service.storage.repositories import NotFound
+from coterie.service.views import measurement_view, metrics_of, trial_view
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -24,37 +30,61 @@ def list_trials(
     sort: str,
     limit: int,
     cursor: str | None,
-) -> schemas.Page[schemas.Trial]:
-    """A page of a job's trials, sorted by `number` or `-number`.
+) -> Document:
+    """A page of a job's trials by `number` or a metric, backwards with a minus before it.
+
+    By a metric, those that have ended with a value of it, equal ones by number.
 
     Raises:
         NotFound: If the job does not exist.
-        InvalidQuery: If the cursor is not of this list in this order.
+        InvalidQuery: If the job has no such metric, or the cursor is not of this list in this order.
     """
-    order = f"trials{sort.removesuffix('number')}"
-    after = decode_cursor(order, cursor)
+    key, descending = sort.removeprefix("-"), sort.startswith("-")
+    order = f"trials.{sort}"
     with context.database.read() as session:
-        metrics = metrics_of(JobRepository(session).get(job_id))
-        rows = TrialRepository(session).page(
-            job_id, state=state, family=family, descending=sort.startswith("-"), after=after, limit=limit + 1
-        )
-    shown = rows[:limit]
-    return schemas.Page(
-        items=[trial_view(row, metrics) for row in shown],
-        next_cursor=encode_cursor(order, shown[-1].number) if len(rows) > limit else None,
+        job, trials = context.jobs(session).frame(job_id), context.trials(session)
+        if key == "number":
+            rows = trials.page(
+                job_id,
+                state=state,
+                family=family,
+                descending=descending,
+                after=decode_cursor(order, cursor),
+                limit=limit + 1,
+            )
+        elif key in (known := parse(job.directions)):
+            rows = trials.page_by_value(
+                job_id,
+                key,
+                state=state,
+                family=family,
+                descending=descending,
+                after=decode_value_cursor(order, cursor),
+                limit=limit + 1,
+            )
+        else:
+            raise unknown_metric("sort", ["number", *known])
+    metrics = metrics_of(parse(job.spec))
+    items = [trial_view(row, metrics) for row in rows[:limit]]
+    if len(rows) <= limit:
+        return {"items": items, "next_cursor": None}
+    last = rows[limit - 1]
+    after = (
+        encode_cursor(order, last.number)
+        if key == "number"
+        else encode_value_cursor(order, last.sorted_by, last.number)
     )
+    return {"items": items, "next_cursor": after}
 
 
-def show_trial(context: Context, trial_id: str) -> schemas.Trial:
+def show_trial(context: Context, trial_id: str) -> Document:
     """One trial, or NotFound."""
     with context.database.read() as session:
-        row = TrialRepository(session).get(trial_id)
-        return trial_view(row, metrics_of(JobRepository(session).get(row.job_id)))
+        row = context.trials(session).shown(trial_id)
+    return trial_view(row, metrics_of(parse(row.spec)))
 
 
-def list_measurements(
-    context: Context, trial_id: str, *, limit: int, cursor: str | None
-) -> schemas.Page[schemas.Measurement]:
+def list_measurements(context: Context, trial_id: str, *, limit: int, cursor: str | None) -> Document:
     """A page of a trial's measurements, by epoch.
 
     Raises:
@@ -63,23 +93,13 @@ def list_measurements(
     """
     after = decode_cursor(_MEASUREMENTS, cursor) or 0
     with context.database.read() as session:
-        trials = TrialRepository(session)
-        trials.get(trial_id)
+        trials = context.trials(session)
+        trials.shown(trial_id)
         rows = trials.measurements(trial_id, after=after, limit=limit + 1)
-    shown = rows[:limit]
-    return schemas.Page(
-        items=[
-            schemas.Measurement(
-                epoch=row.epoch,
-                values=row.values,
-                tasks=row.tasks,
-                device_seconds=row.device_seconds,
-                at=row.at,
-            )
-            for row in shown
-        ],
-        next_cursor=encode_cursor(_MEASUREMENTS, shown[-1].epoch) if len(rows) > limit else None,
-    )
+    return {
+        "items": [measurement_view(row) for row in rows[:limit]],
+        "next_cursor": encode_cursor(_MEASUREMENTS, rows[limit - 1].epoch) if len(rows) > limit else None,
+    }
 
 
 def find_file(context: Context, trial_id: str, name: str) -> tuple[Path, StoredFile]:
@@ -89,7 +109,7 @@ def find_file(context: Context, trial_id: str, name: str) -> tuple[Path, StoredF
         NotFound: If there is no such trial, it has not completed, or the file is gone.
     """
     with context.database.read() as session:
-        row = TrialRepository(session).get(trial_id)
+        row = context.trials(session).get(trial_id)
     if row.state != TrialState.COMPLETED or name not in row.files:
         raise NotFound(f"trial {trial_id} is {row.state}: only a completed trial has {name}")
     file = FolderArtifacts(context.settings.artifacts_of(row.job_id)).trial_folder(trial_id) / name

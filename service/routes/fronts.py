@@ -9,6 +9,7 @@ from pydantic import Field
 from coterie.search.spec import Name
 from coterie.service import fronts, schemas
 from coterie.service.errors import problem_responses
+from coterie.service.routes.answers import Answer, answer
 from coterie.service.routes.parameters import ContextOf, JobId, LimitParameters, PageQuery
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["front"])
@@ -36,12 +37,11 @@ class BestParameters(LimitParameters):
     )
 
 
-@router.get("/front", responses=_ERRORS)
-def read_front(
-    context: ContextOf, job_id: JobId, query: Annotated[FrontParameters, Query()]
-) -> schemas.Front:
+@router.get("/front", response_model=schemas.Front, responses=_ERRORS)
+async def read_front(context: ContextOf, job_id: JobId, query: Annotated[FrontParameters, Query()]) -> Answer:
     """Read the job's front, or another one over the same trials."""
-    return fronts.read_front(
+    return await answer(
+        fronts.read_front,
         context,
         job_id,
         metrics=query.objectives and list(dict.fromkeys(query.objectives.split(","))),
@@ -50,13 +50,13 @@ def read_front(
     )
 
 
-@router.get("/front/history", responses=_ERRORS)
-def read_history(context: ContextOf, job_id: JobId, query: PageQuery) -> schemas.Page[schemas.FrontStep]:
+@router.get("/front/history", response_model=schemas.Page[schemas.FrontStep], responses=_ERRORS)
+async def read_history(context: ContextOf, job_id: JobId, query: PageQuery) -> Answer:
     """List the front's hypervolume after each completed trial."""
-    return fronts.read_history(context, job_id, limit=query.limit, cursor=query.cursor)
+    return await answer(fronts.read_history, context, job_id, **dict(query))
 
 
-@router.get("/best", responses=_ERRORS)
-def find_best(context: ContextOf, job_id: JobId, query: Annotated[BestParameters, Query()]) -> schemas.Trial:
+@router.get("/best", response_model=schemas.Trial, responses=_ERRORS)
+async def find_best(context: ContextOf, job_id: JobId, query: Annotated[BestParameters, Query()]) -> Answer:
     """Find the trial to deploy under these limits. Where none keeps them, the problem names the nearest."""
-    return fronts.find_best(context, job_id, metric=query.metric, limits=query.limits())
+    return await answer(fronts.find_best, context, job_id, metric=query.metric, limits=query.limits())

@@ -20,8 +20,8 @@ def show_page(context: ContextOf) -> HTMLResponse:
     """Show the newest jobs."""
     found = jobs.list_jobs(context, limit=SHOWN_JOBS)
     text = _template().render(
-        jobs=found.items,
-        more=found.next_cursor is not None,
+        jobs=found["items"],
+        more=found["next_cursor"] is not None,
         dashboard_url=context.dispatcher.dashboard_url,
         version=VERSION,
     )

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from coterie.models.tasks import Direction
-from coterie.search.front import Front, feasible
+from coterie.search.front import Front, feasible, non_dominated
 from coterie.search.spec import ConstraintSpec
 
 UP, DOWN = Direction.MAXIMIZE, Direction.MINIMIZE
@@ -98,6 +98,22 @@ def test_the_hypervolume_is_the_naive_one_after_each_insertion_and_never_falls(
         assert update.hypervolume == front.hypervolume == pytest.approx(expected, rel=1e-9, abs=0)
         assert update.hypervolume >= before
         before = update.hypervolume
+
+
+@given(problems() | problems(st.floats(-100, 100), most=7))
+def test_the_front_of_all_at_once_is_the_one_that_insertion_makes(
+    problem: tuple[Objectives, list[Point], Point],
+) -> None:
+    objectives, points, reference = problem
+    front = Front(objectives, named(objectives, reference))
+    for index, point in enumerate(points):
+        front.insert(str(index), named(objectives, point))
+    values_ND = np.array(points, dtype=np.float64).reshape(-1, len(objectives))
+    directions = [direction for _, direction in objectives]
+    found, volume = non_dominated(values_ND, directions, reference)
+    assert {str(index) for index in found} == set(front.points)
+    assert volume == pytest.approx(front.hypervolume, rel=1e-9, abs=0)
+    assert non_dominated(values_ND, directions)[1] is None
 
 
 @pytest.mark.parametrize("objectives", [2, 3, 4])
