@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 MOST_CRASHES = 5  # of one trial's process; a candidate that kills it each time must not hold the job for ever
 REASON_LENGTH = 2000
+# Writes that wait for a store that is away, some kB each, before no more is started: what runs goes on.
+MOST_BEHIND = 10_000
 KEPT_TO_THE_END = frozenset({"single", "shared"})  # baselines, which every other candidate is compared with
 
 
@@ -126,6 +128,11 @@ class SearchController:
         return not self._running and not self._waiting and not self._searching and not self._next_reruns()
 
     @property
+    def idle(self) -> bool:
+        """Whether nothing runs."""
+        return not self._running
+
+    @property
     def completed(self) -> int:
         """Trials on or behind the front."""
         return sum(1 for trial in self._trials.values() if trial.state is TrialState.COMPLETED)
@@ -136,7 +143,7 @@ class SearchController:
         while self._waiting and (spent := self._spent_for(self._waiting[0])) is not None:
             # What waits to go on will not go on any more.
             self._end_unfinished(self._waiting.popleft(), TrialState.STOPPED, spent)
-        if len(self._running) >= self._concurrent:
+        if len(self._running) >= self._concurrent or self._recorder.behind > MOST_BEHIND:
             return None
         order = self._next_order()
         if order is not None:

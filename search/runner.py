@@ -12,6 +12,7 @@ never read, since the store is the only truth. Facts about Ray that shape this f
   kill repeats no epoch and leaves no gap.
 - Searcher, scheduler and callback get pickled by Tune; they have nothing to say there.
 - Side runs and confirming runs are trials to Tune, so it places them as it places candidates.
+- A process that was stopped is alive to Ray, however long it says nothing: see `watchdog`.
 """
 
 import itertools
@@ -47,9 +48,10 @@ from coterie.search.baselines import (
 from coterie.search.budget import Ledger
 from coterie.search.controller import REASON_LENGTH, Order, SearchController
 from coterie.search.data.base import Dataset
+from coterie.search.disk import full_disk_told
 from coterie.search.objective import Yardstick
 from coterie.search.plan import Plan, make_plan
-from coterie.search.recorder import Recorder
+from coterie.search.recorder import Recorder, patiently
 from coterie.search.result import SearchResult
 from coterie.search.sampler import Sampler, make_sampler
 from coterie.search.scheduler import make_scheduler
@@ -58,6 +60,7 @@ from coterie.search.store import (
     AffinityResult,
     ArtifactStore,
     Candidate,
+    DiskFull,
     Ending,
     FolderArtifacts,
     InMemoryStore,
@@ -72,6 +75,7 @@ from coterie.search.store import (
 )
 from coterie.search.subsets import run_affinity, run_subsets
 from coterie.search.trial import Assignment, Training, make_bench, train_reference
+from coterie.search.watchdog import SILENCE_SECONDS, end_if_silent
 from coterie.search.work import SideRun, SubsetRun
 
 logger = logging.getLogger(__name__)
@@ -97,6 +101,7 @@ def run_search(spec: JobSpec | Mapping[str, Any], folder: Path | None = None) ->
     Raises:
         pydantic.ValidationError: If a mapping breaks the schema.
         SpecError: If the spec asks for what does not exist or cannot be.
+        DiskFull: If there is no space left for its networks or checkpoints.
 
     Example:
         result = run_search({"dataset": {"source": "digits"}, "budget": {"trials": 20}})
@@ -146,27 +151,33 @@ def _environment(**settings: str) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def drive(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobState, str | None]:
+@full_disk_told()
+def drive(
+    plan: Plan, store: TrialStore, artifacts: ArtifactStore, silence: float = SILENCE_SECONDS
+) -> tuple[JobState, str | None]:
     """Run a job, or go on with it, to its end in `store`; Ray must be initialised.
 
     Args:
         plan: What to search.
         store: Of this attempt; holds what earlier attempts left.
         artifacts: A place that all workers see.
+        silence: Seconds after which a process that trains and gives no sign of life is killed; what it ran
+            goes on from its checkpoint in another.
 
     Returns:
         State and reason, which are in the store too.
 
     Raises:
         Fenced: If a newer attempt has begun, or the job was cancelled: nothing more was written.
+        DiskFull: If there is no space left for a file. No trial has ended for it: a later attempt goes on.
     """
-    resumed = store.resume()
+    resumed = patiently(store.resume)
     concurrent = _concurrency(plan)
     ledger = Ledger(plan.spec.budget, resumed, devices=min(concurrent, _fitting(plan)) * plan.devices)
     with Recorder(store) as recorder:  # which says that the driver lives while the data are loaded
         data_ref = ray.put(plan.source.load(plan.options))
         try:
-            yardstick = _measure_yardstick(plan, store, recorder, ledger, data_ref)
+            yardstick = _measure_yardstick(plan, store, recorder, ledger, data_ref, silence)
         except BudgetSpent:
             reason = f"{ledger.spent()}, before the yardstick was trained"
             ending: tuple[JobState, str | None] = (JobState.FAILED, reason)
@@ -177,10 +188,11 @@ def drive(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobS
                 fixed = dict(point)
                 recorder.write(lambda store: store.set_reference_point(fixed))
             scheduler = make_scheduler(plan.spec.search.scheduler, plan.objectives, plan.spec.budget.epochs)
+            epochs = [*scheduler.rungs, *_unfinished_epochs(resumed)]
             controller = SearchController(
                 plan,
                 resumed,
-                store.measurements_at([*scheduler.rungs, *_unfinished_epochs(resumed)]),
+                patiently(lambda: store.measurements_at(epochs)),
                 recorder,
                 artifacts,
                 ledger,
@@ -189,7 +201,7 @@ def drive(plan: Plan, store: TrialStore, artifacts: ArtifactStore) -> tuple[JobS
                 point,
                 concurrent,
             )
-            _tune(plan, controller, artifacts, data_ref, yardstick)
+            _tune(plan, controller, artifacts, data_ref, yardstick, silence)
             ending = controller.verdict()
         recorder.write(lambda store: store.finish(*ending))
         recorder.flush()
@@ -207,8 +219,8 @@ def _make_sampler(plan: Plan, yardstick: Yardstick, store: TrialStore, recorder:
     setting = side_setting(plan)
     recorder.write(lambda store: store.use_setting(setting))
     sampler = make_sampler(plan, yardstick)
-    sampler.learn(store.find_subsets(setting))
-    for result in store.find_affinities(setting):
+    sampler.learn(patiently(lambda: store.find_subsets(setting)))
+    for result in patiently(lambda: store.find_affinities(setting)):
         sampler.learn_affinity(result)
     return sampler
 
@@ -229,15 +241,23 @@ def _fitting(plan: Plan) -> int:
 
 
 def _measure_yardstick(
-    plan: Plan, store: TrialStore, recorder: Recorder, ledger: Ledger, data: "ray.ObjectRef[Dataset]"
+    plan: Plan,
+    store: TrialStore,
+    recorder: Recorder,
+    ledger: Ledger,
+    data: "ray.ObjectRef[Dataset]",
+    silence: float,
 ) -> Yardstick:
     keys = needed_references(plan)
-    found = store.find_references([*keys, *itertools.chain(*own_width_keys(plan).values())])
+    known = [*keys, *itertools.chain(*own_width_keys(plan).values())]
+    found = patiently(lambda: store.find_references(known))
     wish = plan.spec.resources
     train = ray.remote(_train_reference).options(num_cpus=wish.cpus, num_gpus=wish.gpus)
     tasks = {task.name: task for task in plan.tasks}
     waiting: dict[Any, ReferenceKey] = {
-        train.remote(tasks[key.task], reference_candidate(key), key.seed, key.epochs, data, wish): key
+        train.remote(
+            tasks[key.task], reference_candidate(key), key.seed, key.epochs, data, wish, silence
+        ): key
         for key in keys
         if key not in found
     }
@@ -263,8 +283,15 @@ def _add_reference(store: TrialStore, key: ReferenceKey, reference: Reference) -
 
 
 def _train_reference(
-    task: Task, candidate: Candidate, seed: int, epochs: int, data: Dataset, wish: ResourcesSpec
+    task: Task,
+    candidate: Candidate,
+    seed: int,
+    epochs: int,
+    data: Dataset,
+    wish: ResourcesSpec,
+    silence: float,
 ) -> Reference:
+    end_if_silent(silence)  # Ray tries again
     bench = make_bench(TaskSet([task]), data, cpus=wish.cpus, gpus=wish.gpus)
     return train_reference(task, candidate, seed, epochs, bench)
 
@@ -275,6 +302,7 @@ def _tune(
     artifacts: ArtifactStore,
     data: "ray.ObjectRef[Dataset]",
     yardstick: Yardstick,
+    silence: float,
 ) -> None:
     wish = plan.spec.resources
     context = {
@@ -283,6 +311,7 @@ def _tune(
         "yardstick": yardstick,
         "artifacts": artifacts,
         "resources": wish,
+        "silence": silence,
     }
     trainable = tune.with_resources(
         tune.with_parameters(TrialActor, context=context), {"cpu": wish.cpus, "gpu": wish.gpus}
@@ -339,6 +368,7 @@ class TrialActor(tune.Trainable):
     def setup(self, config: dict[str, Any], context: dict[str, Any] | None = None) -> None:
         """Put the job's data on the device, then take the first assignment."""
         assert context is not None  # with_parameters supplies it
+        end_if_silent(context["silence"])
         wish: ResourcesSpec = context["resources"]
         data = ray.get(context["data"])
         self._bench = make_bench(context["tasks"], data, cpus=wish.cpus, gpus=wish.gpus)
@@ -361,12 +391,17 @@ class TrialActor(tune.Trainable):
         """Train an epoch, keep it, report it; after the last one the trial's ending too.
 
         What a candidate raises is its ending, so that an error that reaches Tune always means a dead process.
+        But a full disk is no fault of its own: then it has no ending yet.
         """
         work = self._order.work
         if not isinstance(work, Assignment):
             return self._run_aside(work)
         try:
-            return self._advance(work)
+            with full_disk_told():
+                return self._advance(work)
+        except DiskFull as error:
+            logger.warning("%s can't go on: %s", self._order.id, error)
+            return {"measurement": None, "ending": None, "disk_full": str(error), "done": True}
         except Exception as error:
             logger.exception("%s failed", self._order.id)
             self._unusable = self._bench.device.type == "cuda"  # an error there can break the whole process
@@ -462,6 +497,8 @@ class _Suggestions(Searcher):
                     self._relay.ours[trial_id] = order
                     return {"order": order}
                 if not self._relay.controller.over:
+                    if self._relay.controller.idle:
+                        time.sleep(POLL_SECONDS)  # Tune would ask again at once
                     return None
         return Searcher.FINISHED
 
@@ -526,6 +563,8 @@ class _Events(Callback):
             return
         with relay.guard():
             order, result = relay.ours.pop(trial.trial_id), trial.last_result
+            if "disk_full" in result:
+                raise DiskFull(result["disk_full"])
             if not isinstance(order.work, Assignment):
                 relay.controller.learned(order.id, result["outcome"], result["device_seconds"])
             elif result["ending"] is not None:

@@ -5,15 +5,18 @@ import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import ray
 
-from coterie.search.plan import SpecError, make_plan
+from coterie.search.faults import SpecError
+from coterie.search.plan import make_plan
+from coterie.search.recorder import Recorder, patiently
 from coterie.search.runner import drive as drive_search
 from coterie.search.spec import JobSpec
-from coterie.search.store import Fenced, FolderArtifacts, JobState
+from coterie.search.store import DiskFull, Fenced, FolderArtifacts, JobState
 from coterie.search.trial import worker_name
 from coterie.service.config import Settings
 from coterie.service.storage.database import Database
@@ -22,50 +25,78 @@ from coterie.service.storage.store import SqlTrialStore
 
 logger = logging.getLogger("coterie.worker")
 
-FENCED = 3  # exit code: another attempt has taken over, or the job was cancelled
+# Exit codes beside 0 and 1.
+FENCED = 3  # another attempt has taken over, or the job was cancelled
+GAVE_BACK = 4  # the job is queued again
 
 
 def drive(settings: Settings, job_id: str, attempt: int) -> int:
     """Run one attempt at a job to its end; Ray's address is in the environment.
 
+    It waits for a database that is away, however long that takes.
+
     Returns:
         The process's exit code.
     """
     database = Database(settings.url)
-    with database.write() as session:
-        jobs = JobRepository(session)
-        if not jobs.set_driver(job_id, attempt, worker_name(), datetime.now(UTC)):
-            return FENCED
-        spec = JobSpec.model_validate(jobs.get(job_id).spec)
+    spec = patiently(lambda: _begin(database, job_id, attempt))
+    if spec is None:
+        return FENCED
     store = SqlTrialStore(database, job_id, attempt, timedelta(seconds=settings.lease_seconds))
     try:
-        plan = make_plan(spec)
+        with Recorder(store):  # which says that the driver lives
+            plan = make_plan(spec)
+            ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING)
+        # Ray's own handler would run the interpreter's exit work first; the store needs none of it.
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
+        artifacts = FolderArtifacts(settings.artifacts_of(job_id))
+        state, reason = drive_search(plan, store, artifacts, silence=settings.lease_seconds)
     except SpecError as error:  # what the job was submitted with is not installed any more
-        store.finish(JobState.FAILED, str(error))
+        fault = str(error)
+        patiently(lambda: store.finish(JobState.FAILED, fault))
         return 1
-    ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING)
-    # Ray's own handler would run the interpreter's exit work first; the store needs none of it.
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-    try:
-        state, reason = drive_search(plan, store, FolderArtifacts(settings.artifacts_of(job_id)))
     except Fenced as error:
         logger.warning("%s", error)
         return FENCED
+    except DiskFull as error:
+        why = f"{error}; it goes on when there is"
+        logger.warning("%s waits: %s", job_id, why)
+        patiently(lambda: _give_back(database, job_id, attempt, why))
+        return GAVE_BACK
     logger.info("%s %s%s", job_id, state, f": {reason}" if reason else "")
     return 0 if state is JobState.SUCCEEDED else 1
+
+
+def _begin(database: Database, job_id: str, attempt: int) -> JobSpec | None:
+    """Say who drives the attempt, and read what to search; None where it is over already."""
+    with database.write() as session:
+        jobs = JobRepository(session)
+        if not jobs.set_driver(job_id, attempt, worker_name(), datetime.now(UTC)):
+            return None
+        return JobSpec.model_validate(jobs.get(job_id).spec)
+
+
+def _give_back(database: Database, job_id: str, attempt: int, reason: str) -> None:
+    with database.write() as session:
+        JobRepository(session).requeue(job_id, attempt, reason, datetime.now(UTC), preempted=True)
+
+
+def _log_file(path: Path) -> list[logging.Handler]:
+    """The job's log, if it can be had."""
+    with suppress(OSError):
+        return [logging.FileHandler(path)]
+    return []
 
 
 def main() -> None:
     """Read the arguments and drive."""
     job_id, attempt, settings_file = sys.argv[1:]
+    logging.raiseExceptions = False  # a log that can't be written, on a full disk, is no reason to say more
     settings = Settings.model_validate(json.loads(Path(settings_file).read_text()))
     logging.basicConfig(
         level=logging.INFO,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[
-            logging.StreamHandler(),
-            logging.FileHandler(settings.log_of(job_id)),
-        ],
+        handlers=[logging.StreamHandler(), *_log_file(settings.log_of(job_id))],
     )
     logger.info("attempt %s at %s", attempt, job_id)
     try:
@@ -73,7 +104,8 @@ def main() -> None:
     except Exception:
         logger.exception("the driver ended early")
         code = 1
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     os._exit(code)  # nothing that Ray would still do at exit matters: the store has everything
 
 

@@ -26,6 +26,7 @@ from coterie.search.runner import TrialActor, drive
 from coterie.search.space import Choices
 from coterie.search.spec import JobSpec
 from coterie.search.store import FolderArtifacts, InMemoryStore, Measurement, Reference, ReferenceKey
+from coterie.search.watchdog import SILENCE_SECONDS
 
 Outcome = dict[str, Any]
 
@@ -75,10 +76,10 @@ def referenced(plan: Plan) -> Witness:
     return store
 
 
-def run(plan: Plan, store: Witness, folder: Path) -> Outcome:
+def run(plan: Plan, store: Witness, folder: Path, silence: float = SILENCE_SECONDS) -> Outcome:
     error = None
     try:
-        drive(plan, store, FolderArtifacts(folder))
+        drive(plan, store, FolderArtifacts(folder), silence)
     except Exception as found:
         error = type(found).__name__
     return {
@@ -123,6 +124,45 @@ def killed(folder: Path) -> list[Outcome]:
             os.kill(int(measurement.worker.rpartition(":")[2]), signal.SIGKILL)
 
     return [expected, run(plan_of(), Witness(after=kill).with_references_of(references), folder / "killed")]
+
+
+def stopped(folder: Path) -> list[Outcome]:
+    """The same job, its actor stopped for good in the fifth epoch of its second trial."""
+    expected, references = undisturbed(folder)
+    stopped = []
+
+    def stop(store: Witness, trial_id: str, measurement: Measurement) -> None:
+        trial = next(trial for trial in store.trials if trial.id == trial_id)
+        if trial.number == 1 and measurement.epoch == 5 and not stopped:
+            stopped.append(measurement.worker)
+            os.kill(int(measurement.worker.rpartition(":")[2]), signal.SIGSTOP)
+
+    store = Witness(after=stop).with_references_of(references)
+    return [expected, run(plan_of(), store, folder / "stopped", silence=3.0)]
+
+
+class MeetsFullDisk(TrialActor):
+    """A trial's process that can't write in the fifth epoch of the job's second trial, once."""
+
+    def _advance(self, assignment: Any) -> dict[str, Any]:
+        met = self._artifacts.root / "met"
+        in_fifth = self._training is not None and self._training.epoch == 4
+        if assignment.candidate.family == "shared" and in_fifth and not met.exists():
+            met.touch()
+            Path("/dev/full").write_text("a checkpoint")
+        return super()._advance(assignment)
+
+
+def full_disk(folder: Path) -> list[Outcome]:
+    """The same job, its disk full in the middle of its second trial; and the attempt that follows."""
+    expected, references = undisturbed(folder)
+    store = Witness().with_references_of(references)
+    runner.TrialActor, whole = MeetsFullDisk, runner.TrialActor  # type: ignore[misc]
+    try:
+        left = run(plan_of(), store, folder / "full_disk")
+    finally:
+        runner.TrialActor = whole  # type: ignore[misc]
+    return [expected, left, run(plan_of(), Witness(store._memory), folder / "full_disk")]
 
 
 class DiesInReset(TrialActor):

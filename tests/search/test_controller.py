@@ -5,6 +5,7 @@ Store, recorder, ledger, sampler and front are the real ones.
 
 import contextlib
 import math
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from coterie.models.tasks import KIND_METRICS, TaskKind
+from coterie.search import controller
 from coterie.search.baselines import side_setting
 from coterie.search.budget import Ledger
 from coterie.search.controller import MOST_CRASHES, REASON_LENGTH, Order, SearchController
@@ -37,6 +39,7 @@ from coterie.search.store import (
     JobState,
     Measurement,
     Role,
+    StoreUnavailable,
     SubsetResult,
     TrialState,
 )
@@ -399,6 +402,46 @@ def test_no_more_trials_run_at_a_time_than_allowed_nor_start_than_budgeted(
             assert driver.start() is None  # the fifth
         assert driver.over()
     assert len(store.trials) == 4
+
+
+class Away(InMemoryStore):
+    """A store that can't be written to until it is back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.back = threading.Event()
+
+    def _writing(self) -> Any:
+        if not self.back.is_set():
+            raise StoreUnavailable("the database is down")
+        return super()._writing()
+
+
+def test_while_the_store_is_far_behind_what_runs_goes_on_but_no_more_starts(
+    make: MakePlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(controller, "MOST_BEHIND", 3)
+    plan, store = make(budget={"trials": 2}), Away()
+    driver = Driver(plan, store, tmp_path, concurrent=2)
+    with driver.recorder:
+        first = driver.start()
+        assert first is not None
+        for _ in range(EPOCHS):
+            assert not driver.controller.idle
+            driver.step(first.id)
+        assert driver.recorder.behind > 3
+        assert driver.start() is None
+        assert driver.controller.idle
+        assert not driver.over()
+        store.back.set()
+        driver.recorder.flush()
+        second = driver.start()
+        assert second is not None
+        for _ in range(EPOCHS):
+            driver.step(second.id)
+        assert driver.over()
+    assert [trial.state for trial in store.trials] == [TrialState.COMPLETED] * 2
+    assert len(store.measurements) == 2 * EPOCHS
 
 
 # Drivers that die

@@ -21,9 +21,10 @@ from coterie.search.baselines import (
 )
 from coterie.search.data.base import Dataset
 from coterie.search.data.digits import Digits
+from coterie.search.faults import SpecError
 from coterie.search.front import Front
 from coterie.search.objective import Yardstick, task_metrics
-from coterie.search.plan import Plan, SpecError, make_plan
+from coterie.search.plan import Plan, make_plan
 from coterie.search.sampler import OptunaSampler
 from coterie.search.spec import JobSpec
 from coterie.search.store import Candidate, Ending, Measurement, TrialState

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from coterie.models.cost import count_cost, measure_peak_memory_mb
 from coterie.models.tasks import Direction
 from coterie.search.data.digits import Digits
+from coterie.search.faults import SpecError, escape
 from coterie.search.objective import METRICS
-from coterie.search.plan import Plan, SpecError, escape, make_plan
+from coterie.search.plan import Plan, make_plan
 from coterie.search.space import GROUPING_FAMILIES, Choices, Dimension, Value, build_candidate
 from coterie.search.spec import EVERY_FAMILY, JobSpec
 

@@ -145,6 +145,31 @@ def test_a_trial_whose_process_is_killed_goes_on_from_its_checkpoint_to_the_same
 
 
 @pytest.mark.slow
+def test_a_trial_whose_process_is_stopped_goes_on_in_another_as_if_it_had_been_killed(drive: Drive) -> None:
+    expected, stopped = drive("stopped")
+    assert stopped["state"] == (JobState.SUCCEEDED, None)
+    assert [trial.crashes for trial in stopped["trials"]] == [0, 1, 0, 0, 0]
+    assert_every_epoch_was_measured_once(stopped)
+    assert what_happened(stopped) == what_happened(expected)
+    assert len(workers_of(stopped, number=1)) == 2
+
+
+@pytest.mark.slow
+def test_no_trial_fails_for_a_full_disk_and_the_next_attempt_goes_on(drive: Drive) -> None:
+    expected, left, following = drive("full_disk")
+    assert left["error"] == "DiskFull"
+    assert left["state"] == (JobState.RUNNING, None)
+    assert [(trial.state, trial.epochs, trial.crashes) for trial in left["trials"]] == [
+        (TrialState.COMPLETED, 20, 0),
+        (TrialState.RUNNING, 4, 0),
+    ]
+    assert following["state"] == (JobState.SUCCEEDED, None)
+    assert_every_epoch_was_measured_once(following)
+    assert what_happened(following) == what_happened(expected)
+    assert len(workers_of(following, number=1)) == 2
+
+
+@pytest.mark.slow
 def test_a_trial_whose_process_is_killed_in_the_middle_of_a_reset_still_runs_once(drive: Drive) -> None:
     expected, killed = drive("killed_in_reset")
     assert killed["state"] == (JobState.SUCCEEDED, None)

@@ -1,6 +1,7 @@
-"""A real server under real faults: processes killed with SIGKILL, and SQL looked at afterwards."""
+"""A real server under real faults: processes killed or stopped, and SQL looked at afterwards."""
 
 import json
+import os
 import socket
 import sqlite3
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import httpx
 import psutil
+import psycopg
 import pytest
 
 from coterie.service.ray_head import MARKER_VARIABLE, RECORD_FILE, end_leftovers
@@ -21,10 +23,20 @@ POLL_SECONDS = 0.05
 
 
 class Server:
-    """`coterie serve` as a subprocess on a data folder; may be killed and started again."""
+    """`coterie serve` as a subprocess on a data folder; may be killed and started again.
 
-    def __init__(self, data_dir: Path) -> None:
+    Args:
+        data_dir: Its data folder.
+        database_url: Of a PostgreSQL; without it SQLite in the data folder.
+        environment: Further variables.
+    """
+
+    def __init__(self, data_dir: Path, database_url: str | None = None, **environment: str) -> None:
         self.data_dir = data_dir
+        self._postgres = None if database_url is None else database_url.replace("+psycopg", "")
+        self._environment = environment
+        if database_url is not None:
+            self._environment |= {"COTERIE_DATABASE_URL": database_url}
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port = free.getsockname()[1]
@@ -35,7 +47,10 @@ class Server:
         command = ["serve", f"--port={self.port}", f"--data-dir={self.data_dir}"]
         with (self.data_dir.parent / "serve.log").open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "coterie.service.cli", *command], stdout=log, stderr=log
+                [sys.executable, "-m", "coterie.service.cli", *command],
+                env=os.environ | self._environment,
+                stdout=log,
+                stderr=log,
             )
 
     def kill(self) -> None:
@@ -77,15 +92,22 @@ class Server:
         return [trial for trial in self.trials(job) if trial["ended_at"] is not None]
 
     def sql(self, query: str, *values: object) -> list[Any]:
-        """What the database itself says."""
-        with closing(sqlite3.connect(self.data_dir / "coterie.db", timeout=30)) as database:
-            return database.execute(query, values).fetchall()
+        """What the database itself says; `?` stands for a value."""
+        return self._select(query, values)[1]
 
     def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
         """The same by column, with its JSON read."""
-        with closing(sqlite3.connect(self.data_dir / "coterie.db", timeout=30)) as database:
-            database.row_factory = sqlite3.Row
-            return [_read(row) for row in database.execute(query, values)]
+        columns, rows = self._select(query, values)
+        return [{name: _read(value) for name, value in zip(columns, row, strict=True)} for row in rows]
+
+    def _select(self, query: str, values: tuple[object, ...]) -> tuple[list[str], list[Any]]:
+        if self._postgres is None:
+            with closing(sqlite3.connect(self.data_dir / "coterie.db", timeout=30)) as database:
+                found = database.execute(query, values)
+                return [column[0] for column in found.description], found.fetchall()
+        with closing(psycopg.connect(self._postgres)) as postgres:
+            answer = postgres.execute(query.replace("?", "%s").encode(), values)
+            return [column.name for column in answer.description or ()], answer.fetchall()
 
     def ray_marker(self) -> str | None:
         """What the processes of its Ray head have in their environments; None while there is no head."""
@@ -138,20 +160,17 @@ def alive(worker: str) -> bool:
         return False
 
 
-def _read(row: sqlite3.Row) -> dict[str, Any]:
-    """JSON columns hold objects and arrays."""
-    return {
-        name: json.loads(value) if isinstance(value, str) and value[:1] in "{[" else value
-        for name, value in zip(row.keys(), row, strict=True)
-    }
+def _read(value: Any) -> Any:
+    """SQLite gives JSON as text: objects and arrays."""
+    return json.loads(value) if isinstance(value, str) and value[:1] in ("{", "[") else value
 
 
 @contextmanager
-def serving(folder: Path) -> Iterator[Server]:
-    """A server on an empty data folder."""
+def serving(folder: Path, database_url: str | None = None, **environment: str) -> Iterator[Server]:
+    """A server on an empty data folder: `data` in `folder`, which may exist."""
     data_dir = folder / "data"
-    data_dir.mkdir()
-    running = Server(data_dir)
+    data_dir.mkdir(exist_ok=True)
+    running = Server(data_dir, database_url, **environment)
     running.start()
     try:
         yield running
