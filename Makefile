@@ -10,11 +10,15 @@ STAMP := $(VENV)/.installed
 demo: install ## a first search, end to end, in a few minutes
 	@$(BIN)/coterie demo
 
+# A file's tests stay together: they share servers. Beyond a few processes the longest file decides.
+PARALLEL := -n auto --maxprocesses 4 --dist loadfile
+
 test: install ## the fast tests
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
 
 test-all: install ## all tests, those with a real server under real faults too
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" $(PARALLEL)
+	$(BIN)/python -m pytest -m slow
 
 lint: install ## style, types, import rules
 	$(BIN)/ruff check .

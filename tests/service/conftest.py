@@ -66,9 +66,8 @@ class AppTransport(httpx.BaseTransport):
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         async def respond() -> httpx.Response:
             response = await self._asgi.handle_async_request(request)
-            return httpx.Response(
-                response.status_code, headers=response.headers, content=await response.aread()
-            )
+            body = b"".join([chunk async for chunk in response.aiter_raw()])  # compressed, if it is
+            return httpx.Response(response.status_code, headers=response.headers, content=body)
 
         return self._portal.call(respond)
 
@@ -193,7 +192,7 @@ def open_server(data_dir: Path, **settings: Any) -> Iterator[Server]:
     with (
         start_blocking_portal() as portal,
         portal.wrap_async_context_manager(app.router.lifespan_context(app)),
-        httpx.Client(transport=AppTransport(app, portal), base_url="http://coterie") as client,
+        httpx.Client(transport=AppTransport(app, portal), base_url="http://127.0.0.1") as client,
     ):
         server = Server(chosen, dispatcher, client)
         yield server
@@ -252,6 +251,7 @@ def problem() -> Problem:
         assert document["title"]
         assert document["detail"]
         assert document["instance"] == answer.request.url.path
+        assert document["request_id"] == answer.headers["x-request-id"]
         if pointer is not None:
             assert pointer in [fault["pointer"] for fault in document["errors"]], document
         return document

@@ -97,7 +97,10 @@ def test_help_names_every_command() -> None:
         "cancel",
         "pause",
         "resume",
+        "audit",
         "db",
+        "token",
+        "tenant",
     ):
         assert f" {command} " in shown
 
@@ -273,6 +276,24 @@ def test_a_job_is_submitted_and_cancelled(live: LiveServer, tmp_path: Path) -> N
     again = coterie("cancel", job_id, server=live.url)
     assert again.returncode == 2
     assert "cancelled" in again.stderr
+
+
+def test_the_queue_is_shown_and_reordered(live: LiveServer) -> None:
+    first, second = live.submit(name="first"), live.submit(name="second")
+    assert coterie("priority", second, "-5", server=live.url).stdout == f"{second}: queued\n"
+    listed = coterie("jobs", "--state", "queued", server=live.url).stdout
+    assert re.search(rf"{first} +queued \(1\)", listed)
+    assert re.search(rf"{second} +queued \(2\)", listed)
+    moved = json.loads(coterie("priority", second, "7", "--json", server=live.url).stdout)
+    assert (moved["priority"], moved["spec"]["priority"], moved["queue"]["position"]) == (7, 0, 1)
+    assert re.search(r"queue +place 1", coterie("show", second, server=live.url).stdout)
+    refused = coterie("priority", first, "1001", server=live.url)
+    assert refused.returncode == 2
+    assert "/priority" in refused.stderr
+    for job_id in (first, second):
+        live.client.post(f"/v1/jobs/{job_id}/cancel")
+    refused = coterie("priority", first, "1", server=live.url)
+    assert "is cancelled: its priority can't be changed any more" in refused.stderr
 
 
 def test_a_job_is_paused_and_resumed(live: LiveServer) -> None:
@@ -547,8 +568,8 @@ def test_a_busy_port_is_said_with_what_to_do(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--host", "0.0.0.0"], "no access tokens yet"),
-        (["--host", "::"], "no access tokens yet"),
+        (["--host", "0.0.0.0"], "coterie token create --role admin --data-dir"),
+        (["--host", "::"], "coterie token create --role admin --data-dir"),
         (["--host", "no.such.host.invalid"], "--host no.such.host.invalid"),
         (["--data-dir", "/proc/nowhere"], "can't be used"),
     ],

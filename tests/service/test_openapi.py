@@ -77,6 +77,18 @@ def test_the_contracts_routes_are_there(document: dict[str, Any]) -> None:
         *("GET /v1/trials/{trial_id}", "GET /v1/trials/{trial_id}/measurements"),
         *("GET /v1/trials/{trial_id}/architecture", "GET /v1/trials/{trial_id}/model"),
         *("GET /v1/datasets", "GET /v1/families", "GET /v1/backbones", "GET /v1/metrics"),
+        *("GET /v1/jobs/{job_id}/events", "POST /v1/webhooks", "GET /v1/webhooks"),
+        *("GET /v1/webhooks/{webhook_id}", "DELETE /v1/webhooks/{webhook_id}"),
+        "GET /v1/webhooks/{webhook_id}/deliveries",
+        "POST /v1/webhooks/{webhook_id}/deliveries/{delivery_id}/retry",
+        *(
+            "GET /v1/tokens",
+            "POST /v1/tokens",
+            "DELETE /v1/tokens/{token_id}",
+            "GET /v1/tenant",
+            "GET /v1/audit",
+        ),
+        "PATCH /v1/jobs/{job_id}",
         *("GET /healthz", "GET /readyz"),
     }
 

@@ -54,9 +54,7 @@ def test_the_server_is_ready_when_ray_is(server: Server) -> None:
 
 
 def test_without_its_database_the_server_says_so(server: Server, problem: Problem) -> None:
-    for file in server.settings.data_dir.glob("coterie.db*"):
-        file.unlink()
-    (server.settings.data_dir / "coterie.db").mkdir()
+    server.settings.data_dir.rename(server.settings.data_dir.with_name("gone"))
     answer = server.client.get("/readyz")
     assert (answer.status_code, answer.json()["checks"]["database"]["ok"]) == (503, False)
     problem(server.client.get("/v1/jobs"), 503)
@@ -115,10 +113,10 @@ def test_an_unknown_id_is_not_found(client: httpx.Client, path: str) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "allow"),
     [
-        ("PUT", "/v1/jobs", {"GET", "POST"}),
-        ("DELETE", "/v1/jobs/job_0", {"GET"}),
-        ("GET", "/v1/jobs/job_0/cancel", {"POST"}),
-        ("POST", "/healthz", {"GET"}),
+        ("PUT", "/v1/jobs", {"GET", "HEAD", "OPTIONS", "POST"}),
+        ("DELETE", "/v1/trials/trial_0", {"GET", "HEAD", "OPTIONS"}),
+        ("GET", "/v1/jobs/job_0/cancel", {"OPTIONS", "POST"}),
+        ("POST", "/healthz", {"GET", "HEAD", "OPTIONS"}),
     ],
 )
 def test_a_method_that_is_not_there_is_answered_with_those_that_are(
@@ -142,7 +140,7 @@ def test_a_method_that_is_not_there_is_answered_with_those_that_are(
         ),
         *("/v1/jobs?sort=name", "/v1/families?limit=1", "/v1/jobs/job_0?verbose=1"),
         *(
-            "/v1/jobs/job_0/trials?sort=loss",
+            "/v1/jobs/job_0/trials?sort=a%20b",
             "/v1/jobs/job_0/trials?state=queued",
             "/v1/jobs/job_0/logs?tail=0",
         ),
