@@ -1,5 +1,6 @@
 """What can be asked of trials."""
 
+import logging
 from pathlib import Path
 
 from coterie.search.store import FolderArtifacts, StoredFile, TrialState
@@ -15,6 +16,8 @@ from coterie.service.documents import Document, parse
 from coterie.service.fronts import unknown_metric
 from coterie.service.storage.repositories import NotFound
 from coterie.service.views import measurement_view, metrics_of, trial_view
+
+logger = logging.getLogger(__name__)
 
 ARCHITECTURE_FILE = "architecture.json"
 WEIGHTS_FILE = "weights.safetensors"
@@ -106,16 +109,28 @@ def find_file(context: Context, trial_id: str, name: str) -> tuple[Path, StoredF
     """An artifact of a completed trial.
 
     Raises:
-        NotFound: If there is no such trial, it has not completed, or the file is gone.
+        NotFound: If there is no such trial, it has not completed, or the file is gone or not the trial's.
     """
     with context.database.read() as session:
         row = context.trials(session).get(trial_id)
     if row.state != TrialState.COMPLETED or name not in row.files:
         raise NotFound(f"trial {trial_id} is {row.state}: only a completed trial has {name}")
     file = FolderArtifacts(context.settings.artifacts_of(row.job_id)).trial_folder(trial_id) / name
+    stored = StoredFile(**row.files[name])
     if not file.exists():
         raise NotFound(f"the file {name} of trial {trial_id} is gone from the server's disk")
-    return file, StoredFile(**row.files[name])
+    if not _is_as_written(file, stored, context.settings.artifacts_of(row.job_id).parent):
+        logger.error("%s is not the file that trial %s wrote: %s", file, trial_id, stored)
+        raise NotFound(
+            f"the file {name} of trial {trial_id} on the server's disk is not what the trial wrote"
+        )
+    return file, stored
+
+
+def _is_as_written(file: Path, stored: StoredFile, root: Path) -> bool:
+    """Whether a file is a file of its size, where it is said to be: no link leads out of the artifacts."""
+    in_place = file.resolve() == root.resolve() / file.relative_to(root)
+    return in_place and file.is_file() and file.stat().st_size == stored.size
 
 
 def convert_model(context: Context, trial_id: str, form: Form) -> Path:

@@ -11,6 +11,7 @@ from pydantic import Field
 
 from coterie.service import trials
 from coterie.service.errors import problem_responses
+from coterie.service.middleware import none_match
 from coterie.service.routes.parameters import NO_QUERY, ContextOf, Parameters, TrialId
 
 router = APIRouter(prefix="/v1/trials/{trial_id}", tags=["architectures"])
@@ -71,6 +72,6 @@ def read_model(
 
 def _send(request: Request, file: Path, sha256: str, media_type: str, name: str) -> Response:
     headers = {"ETag": f'"{sha256}"'}
-    if headers["ETag"] in request.headers.get("if-none-match", ""):
+    if not none_match(request, headers["ETag"]):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
     return FileResponse(file, media_type=media_type, filename=name, headers=headers)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -209,6 +210,32 @@ def test_a_file_that_is_gone_is_said_to_be_gone(searched: tuple[Server, str], pr
     server, job_id = searched
     (server.settings.artifacts_of(job_id) / "trials" / "trial_0" / "weights.safetensors").unlink()
     assert "gone" in problem(server.client.get("/v1/trials/trial_0/model"), 404)["detail"]
+
+
+@pytest.mark.parametrize("by", ["another size", "a link", "a linked folder", "a folder", "a device"])
+@pytest.mark.parametrize("form", ["safetensors", "onnx"])
+def test_a_file_that_is_not_the_trials_is_not_sent(
+    searched: tuple[Server, str], problem: Problem, by: str, form: str, tmp_path: Path
+) -> None:
+    server, job_id = searched
+    file = server.settings.artifacts_of(job_id) / "trials" / "trial_0" / "weights.safetensors"
+    other = tmp_path / "elsewhere" / file.name
+    other.parent.mkdir()
+    if by == "a linked folder":
+        file.parent.rename(other.parent / "trial")
+        file.parent.symlink_to(other.parent / "trial")
+    else:
+        file.rename(other)
+        if by == "a link":
+            file.symlink_to(other)
+        elif by == "a device":
+            file.symlink_to("/dev/zero")
+        elif by == "a folder":
+            file.mkdir()
+        else:
+            file.write_bytes(b"other weights")
+    answer = server.client.get("/v1/trials/trial_0/model", params={"format": form})
+    assert "is not what the trial wrote" in problem(answer, 404)["detail"]
 
 
 def test_trials_of_two_jobs_do_not_mix(searched: tuple[Server, str]) -> None:
