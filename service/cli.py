@@ -13,6 +13,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from http import HTTPStatus
 from pathlib import Path
@@ -339,6 +340,24 @@ def resume(job: JobId, as_json: AsJson = False, server: Server = DEFAULT_URL) ->
         _show_state(client.job(job).resume(), as_json)
 
 
+@app.command()
+def delete(
+    job: JobId,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    server: Server = DEFAULT_URL,
+) -> None:
+    """Delete a job that has ended, with its trials and their networks."""
+    with _connect(server) as client:
+        found = client.job(job)
+        if not yes:
+            if not sys.stdin.isatty():
+                _fail(f"{job}: not deleted; --yes deletes without asking.")
+            if not typer.confirm(f"Delete {job} ({found.document['name']}) and its networks?", err=True):
+                _fail(f"{job}: not deleted.")
+        found.delete()
+    typer.echo(f"{job}: deleted")
+
+
 @app.command(context_settings={"ignore_unknown_options": True})  # or -5 would be an option
 def priority(
     job: JobId,
@@ -373,6 +392,40 @@ def upgrade(data_dir: DataDir = None) -> None:
     except serving.CannotServe as error:
         _fail(str(error))
     typer.echo("The database is up to date.")
+
+
+@app.command()
+def gc(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    as_json: AsJson = False,
+    data_dir: DataDir = None,
+) -> None:
+    """Remove files and old jobs that nobody needs, whether or not a server runs.
+
+    Settings say how long jobs (COTERIE_RETENTION_DAYS) and the events of their trials
+    (COTERIE_EVENT_RETENTION_DAYS) are kept; by default for ever.
+    """
+    from coterie.service import files
+
+    settings = _settings(data_dir=data_dir)
+    found: list[files.Removed] = []
+    with _opened(settings) as database:
+        try:
+            for removed in files.collect_garbage(settings, database, dry_run=dry_run):
+                found.append(removed)
+                if not as_json:
+                    typer.echo(console.removed_line(removed))
+        except (files.WrongDatabase, OSError) as error:
+            _fail(str(error))
+    if as_json:
+        _print_json({"dry_run": dry_run, "removed": [asdict(removed) for removed in found]})
+    else:
+        done = [removed for removed in found if removed.problem is None]
+        typer.echo(console.removed_total(done), err=True)
+        if dry_run:
+            typer.echo("This was a dry run: nothing was removed.", err=True)
+    if any(removed.problem for removed in found):
+        raise SystemExit(JOB_FAILED)
 
 
 @app.command()

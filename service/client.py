@@ -459,6 +459,11 @@ class Job:
         """Queue it again after a pause."""
         return self._change("resume")
 
+    def delete(self) -> None:
+        """Delete it, with its trials and their networks; it must have ended."""
+        with self._client._answer("DELETE", _path("jobs", self.id)):
+            pass
+
     def set_priority(self, priority: int) -> Self:
         """Let it start sooner (higher) or later than other jobs; one that runs goes on."""
         self.document = self._client._json("PATCH", _path("jobs", self.id), json={"priority": priority})

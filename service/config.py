@@ -12,14 +12,16 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 from coterie.service.storage.database import sqlite_file
 from coterie.service.storage.tenants import Limits
 
+JOB_ID = re.compile("job_[0-9A-Za-z_-]{1,60}")
+
 
 def _default_data_dir() -> Path:
     return platformdirs.user_data_path("coterie", appauthor=False)
 
 
-def _absolute(path: Path) -> Path:
+def _absolute(path: Path | None) -> Path | None:
     """Jobs run in folders of their own, so no path may depend on the server's."""
-    return path.expanduser().absolute()
+    return None if path is None else path.expanduser().absolute()
 
 
 def _words(value: object) -> object:
@@ -36,6 +38,11 @@ class Settings(BaseSettings):
 
     data_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
         default_factory=_default_data_dir, description="Folder of database, artifacts, logs and Ray's state."
+    )
+    artifacts: Annotated[Path | None, AfterValidator(_absolute)] = Field(
+        default=None,
+        description="Folder of the jobs' files, which servers that share a database share too; by default in "
+        "the data folder.",
     )
     database_url: str | None = Field(
         default=None, description="SQLAlchemy URL; by default a SQLite file in the data folder."
@@ -78,7 +85,21 @@ class Settings(BaseSettings):
     min_free_bytes: int = Field(
         default=200_000_000,
         ge=0,
-        description="While less is free on the data folder's disk, no job starts; queued ones wait.",
+        description="While less is free on the disk of the data folder or of the artifacts, no job starts; "
+        "queued ones wait.",
+    )
+    retention_days: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="`coterie gc` deletes jobs that ended longer ago, with their files; by default none.",
+    )
+    event_retention_days: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="`coterie gc` removes the events of the trials and epochs of jobs that ended longer ago; "
+        "by default none.",
     )
     tenant_max_queued_jobs: int | None = Field(
         default=None, ge=0, description="Jobs of one tenant that may be queued; default without limit."
@@ -129,9 +150,20 @@ class Settings(BaseSettings):
         """CPU cores of the embedded head."""
         return self.cpus or os.cpu_count() or 1
 
+    @property
+    def jobs_dir(self) -> Path:
+        """The folder that holds a folder for each job, existing or not."""
+        return self.artifacts or self.data_dir / "jobs"
+
     def artifacts_of(self, job_id: str) -> Path:
-        """The folder of a job's artifacts and logs, existing or not."""
-        return self.data_dir / "jobs" / job_id
+        """The folder of a job's artifacts and logs, existing or not.
+
+        Raises:
+            ValueError: If this is no id, and might lead elsewhere.
+        """
+        if not JOB_ID.fullmatch(job_id):
+            raise ValueError(f"job_id: must be as job_1, found {job_id!r}")
+        return self.jobs_dir / job_id
 
     def log_of(self, job_id: str) -> Path:
         """The log of a job's drivers, existing or not."""

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -21,6 +21,9 @@ from rich.table import Table
 from rich.text import Text
 
 from coterie.service.client import Document, Job, Trial
+
+if TYPE_CHECKING:
+    from coterie.service.files import Removed
 
 LOOK_SECONDS = 1.0  # between two looks at a job
 LINE_SECONDS = 3.0  # between two lines about it where there is no terminal
@@ -138,6 +141,24 @@ def event_line(event: Document) -> str:
     )
     line = f"{event['sequence']:>6}  {event['at'][:19]}  {event['kind']:<11}  {', '.join(pairs)}"
     return "".join(character if character.isprintable() else " " for character in line)
+
+
+def removed_line(removed: "Removed") -> str:
+    """Something that `coterie gc` removed, in one line."""
+    amount = f"{removed.events:,} events" if removed.events else _megabytes(removed.size)
+    problem = f": not removed, {removed.problem}" if removed.problem else ""
+    return f"{amount:>14}  {removed.kind}  {removed.name}{problem}"
+
+
+def removed_total(items: Sequence["Removed"]) -> str:
+    """What all of it came to."""
+    events = sum(item.events for item in items)
+    told = f"{len(items):,} things, {_megabytes(sum(item.size for item in items))}"
+    return f"{told}, {events:,} events" if events else told
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:,.1f} MB"
 
 
 def show_datasets(console: Console, items: Sequence[Document]) -> None:

@@ -24,9 +24,11 @@ from typing import Any
 
 from coterie.search.store import JOB_ENDED, FolderArtifacts, StoreUnavailable
 from coterie.service.config import Settings
+from coterie.service.files import remove_job_files
 from coterie.service.liveness import Listener
 from coterie.service.ray_head import RayHead, RayHeadError, start_head
 from coterie.service.storage.database import Database
+from coterie.service.storage.files import FileRepository
 from coterie.service.storage.queue import spent_tenants
 from coterie.service.storage.repositories import Claimed, JobRepository, RunningJob
 
@@ -195,13 +197,16 @@ class Dispatcher:
 
     def _find_shortage(self) -> str | None:
         """What a driver would need, and is not there."""
-        free, needed = shutil.disk_usage(self._settings.data_dir).free, self._settings.min_free_bytes
-        if free >= needed:
-            return None
-        return (
-            f"no job starts: the disk of the data folder has {free / 1e6:,.0f} MB free, and needs at least "
-            f"{needed / 1e6:,.0f} MB (COTERIE_MIN_FREE_BYTES)"
-        )
+        needed = self._settings.min_free_bytes
+        self._settings.jobs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, folder in (("data", self._settings.data_dir), ("artifacts", self._settings.jobs_dir)):
+            free = shutil.disk_usage(folder).free
+            if free < needed:
+                return (
+                    f"no job starts: the disk of the {name} folder has {free / 1e6:,.0f} MB free, and needs "
+                    f"at least {needed / 1e6:,.0f} MB (COTERIE_MIN_FREE_BYTES)"
+                )
+        return None
 
     def _claim(self) -> None:
         """Start jobs while there is room. A driver that is still ending takes a place, and keeps its job."""
@@ -252,8 +257,10 @@ class Dispatcher:
             job_id = self._left[0]
             if job_id not in with_driver:
                 with self._database.read() as session:
-                    ended = JobRepository(session).get(job_id).state in JOB_ENDED
-                if ended:
+                    state = FileRepository(session).states([job_id]).get(job_id)
+                if state is None:  # it was deleted, while its driver may still have written
+                    remove_job_files(self._settings, job_id)
+                elif state in JOB_ENDED:
                     FolderArtifacts(self._settings.artifacts_of(job_id)).drop_working_files()
             self._left.popleft()
 

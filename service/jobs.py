@@ -13,6 +13,7 @@ from coterie.service.body import parse_json, validate
 from coterie.service.context import Context
 from coterie.service.cursors import decode_cursor, encode_cursor
 from coterie.service.documents import Document
+from coterie.service.files import remove_job_files
 from coterie.service.storage.audit import audit
 from coterie.service.storage.queue import Place, check_quota
 from coterie.service.storage.repositories import Idempotency, JobRepository
@@ -149,6 +150,20 @@ def change_job(context: Context, job_id: str, body: bytes) -> Document:
         row = jobs.set_priority(job_id, change.priority, datetime.now(UTC))
         audit(session, context.caller, "job.change", job_id, priority=change.priority)
         return _view(context, jobs, row.id)
+
+
+def delete_job(context: Context, job_id: str) -> None:
+    """Delete a job that has ended, and its files.
+
+    Raises:
+        NotFound: If it does not exist.
+        Conflict: If it has not ended.
+    """
+    with context.database.write() as session:
+        row = context.jobs(session).delete(job_id)
+        audit(session, context.caller, "job.delete", job_id, name=row.name, bytes=row.stored_bytes)
+    # Behind the commit: what is left where this ends early belongs to no job, and `coterie gc` removes it.
+    remove_job_files(context.settings, job_id)
 
 
 def read_log(context: Context, job_id: str, lines: int) -> str:

@@ -74,6 +74,9 @@ def stream_events(
     back with the last id that it has seen, at this or another server. The kinds: `job` (state or priority),
     `trial` (state), `measurement` (an epoch), `front` (a trial joined it). The stream also ends when the
     server does, or when the token is no good any more.
+
+    Where the operator set COTERIE_EVENT_RETENTION_DAYS, a job that ended longer ago has no more events of
+    kinds `trial` and `measurement`: the others keep their numbers, and a client can come back with any.
     """
     frames = events.open_stream(
         context,

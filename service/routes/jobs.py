@@ -1,4 +1,4 @@
-"""/v1/jobs: submit, list, show, cancel, pause, resume, log, what it measures against."""
+"""/v1/jobs: submit, list, show, cancel, pause, resume, delete, log, what it measures against."""
 
 from http import HTTPStatus
 from typing import Annotated, Literal
@@ -152,6 +152,14 @@ def change_job(
 ) -> Answer:
     """Change the priority of a job that has not ended. One that runs goes on; it counts once it is queued."""
     return Answer(jobs.change_job(context, job_id, body))
+
+
+@router.delete(
+    "/{job_id}", status_code=HTTPStatus.NO_CONTENT, dependencies=[NO_QUERY], responses=_STATE_ERRORS
+)
+def delete_job(context: SubmitterContext, job_id: JobId) -> None:
+    """Delete a job that has ended, with its trials and their networks. What it used stays charged."""
+    jobs.delete_job(context, job_id)
 
 
 @router.get("/{job_id}/affinity", dependencies=[NO_QUERY], responses=_STATE_ERRORS)

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 from functools import cache
 from typing import Any, TypeVar
 
-from sqlalchemy import BigInteger, ColumnElement, Select, bindparam, func, or_, select, update
+from sqlalchemy import BigInteger, ColumnElement, Select, bindparam, delete, func, or_, select, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -276,6 +276,21 @@ class JobRepository:
             raise Conflict(f"job {job_id} is {row.state}: its priority can't be changed any more")
         row.priority = priority
         tell_job(self._session, row, now)
+        return row
+
+    def delete(self, job_id: str) -> JobRow:
+        """Delete a job that has ended, with all that is its alone; gives what it was.
+
+        What others may know already stays: references, subset networks, affinities, and what it used.
+
+        Raises:
+            NotFound: If there is none with this id.
+            Conflict: If it has not ended.
+        """
+        row = self._locked(job_id)
+        if row.state not in JOB_ENDED:
+            raise Conflict(f"job {job_id} is {row.state}: only a job that has ended can be deleted")
+        self._session.execute(delete(JobRow).where(JobRow.position == row.position))
         return row
 
     def places(self, defaults: Limits, now: datetime) -> dict[str, Place]:

@@ -52,6 +52,7 @@ TABLE = {
     "POST /v1/jobs": Row(Role.SUBMITTER, 201, SPEC),
     "GET /v1/jobs/{job_id}": READS,
     "PATCH /v1/jobs/{job_id}": Row(Role.SUBMITTER, 200, {"priority": 3}),
+    "DELETE /v1/jobs/{job_id}": Row(Role.SUBMITTER, 204, state="cancelled"),
     "POST /v1/jobs/{job_id}/cancel": Row(Role.SUBMITTER),
     "POST /v1/jobs/{job_id}/pause": Row(Role.SUBMITTER),
     "POST /v1/jobs/{job_id}/resume": Row(Role.SUBMITTER, state="paused"),

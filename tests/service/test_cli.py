@@ -97,6 +97,8 @@ def test_help_names_every_command() -> None:
         "cancel",
         "pause",
         "resume",
+        "delete",
+        "gc",
         "audit",
         "db",
         "token",
@@ -276,6 +278,20 @@ def test_a_job_is_submitted_and_cancelled(live: LiveServer, tmp_path: Path) -> N
     again = coterie("cancel", job_id, server=live.url)
     assert again.returncode == 2
     assert "cancelled" in again.stderr
+
+
+def test_a_job_is_deleted_where_that_is_confirmed(live: LiveServer) -> None:
+    job_id = live.submit()
+    refused = coterie("delete", job_id, "--yes", server=live.url)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "is queued: only a job that has ended can be deleted" in refused.stderr
+    live.client.post(f"/v1/jobs/{job_id}/cancel")
+    unsure = coterie("delete", job_id, server=live.url)
+    assert (unsure.returncode, unsure.stdout) == (2, "")
+    assert "--yes" in unsure.stderr
+    assert coterie("show", job_id, server=live.url).returncode == 0
+    assert coterie("delete", job_id, "--yes", server=live.url).stdout == f"{job_id}: deleted\n"
+    assert coterie("show", job_id, server=live.url).returncode == 2
 
 
 def test_the_queue_is_shown_and_reordered(live: LiveServer) -> None:

@@ -232,6 +232,16 @@ def test_a_download_that_fails_leaves_what_was_there(
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
+def test_a_job_is_deleted(live: LiveServer, coterie: Client) -> None:
+    job = coterie.job(live.submit())
+    with pytest.raises(ApiError, match="only a job that has ended"):
+        job.delete()
+    job.cancel().delete()
+    with pytest.raises(ApiError) as gone:
+        coterie.job(job.id)
+    assert gone.value.status == 404
+
+
 def test_the_catalogue(coterie: Client) -> None:
     assert [item["name"] for item in coterie.datasets()] == ["digits"]
     assert {"single", "shared", "grouped", "dmtg"} <= {item["name"] for item in coterie.families()}

@@ -505,6 +505,40 @@ def test_a_job_that_is_resumed_while_its_driver_ends_begins_no_second_one(
     assert list(stage.ray.jobs) == [f"{job}-1", f"{job}-2"]
 
 
+def test_a_job_that_is_deleted_leaves_nothing_once_its_driver_is_gone(stage: Stage) -> None:
+    job = stage.submit()
+    stage.dispatcher._tick()
+    stage.cancel(job)
+    with stage.database.write() as session:
+        JobRepository(session).delete(job)
+    stage.dispatcher.stop_job(job)
+    checkpoint = stage.write_checkpoint(job)
+    stage.dispatcher._tick()
+    assert checkpoint.exists()  # its driver is told to stop
+    stage.ray.jobs[f"{job}-1"] = "STOPPED"
+    stage.dispatcher._tick()
+    assert not stage.settings.artifacts_of(job).exists()
+
+
+def test_no_job_starts_while_the_disk_of_the_artifacts_is_nearly_full(
+    open_stage: Open, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    artifacts = tmp_path / "share" / "jobs"
+    stage = open_stage(Settings(data_dir=tmp_path, artifacts=artifacts, _env_file=None))
+    free = {stage.settings.data_dir: 10**12, artifacts: 10**6}
+    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=free[folder]))
+    job = stage.submit()
+    stage.dispatcher._tick()
+    assert stage.job(job).state == "queued"
+    stage.dispatcher._problem = None
+    ready, words = stage.dispatcher.ready()
+    assert not ready
+    assert "the disk of the artifacts folder has 1 MB free" in words
+    free[artifacts] = 10**12
+    stage.dispatcher._tick()
+    assert stage.job(job).state == "running"
+
+
 def test_no_job_starts_while_the_disk_is_nearly_full(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
     job, free = stage.submit(), 150_000_000
     monkeypatch.setattr(module.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))

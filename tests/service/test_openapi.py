@@ -88,7 +88,7 @@ def test_the_contracts_routes_are_there(document: dict[str, Any]) -> None:
             "GET /v1/tenant",
             "GET /v1/audit",
         ),
-        "PATCH /v1/jobs/{job_id}",
+        *("PATCH /v1/jobs/{job_id}", "DELETE /v1/jobs/{job_id}"),
         *("GET /healthz", "GET /readyz"),
     }
 

@@ -180,6 +180,7 @@ def _add_columns() -> None:
         "ix_trials_front", "trials", ["job_id", "number"], sqlite_where=ON_FRONT, postgresql_where=ON_FRONT
     )
     op.create_index(op.f("ix_trials_job_id_family_number"), "trials", ["job_id", "family", "number"])
+    op.create_index(op.f("ix_front_history_trial_id"), "front_history", ["trial_id"])
 
 
 def _put_tenants_into_keys() -> None:

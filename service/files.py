@@ -1,0 +1,241 @@
+"""Files of jobs that nobody needs any more, and rows of jobs that are old: what `coterie gc` removes.
+
+It works beside running servers. Files are listed first and SQL is read second: a file is written before SQL
+says that it counts, so one that SQL does not know by then will never count, unless it is young.
+"""
+
+import logging
+import os
+import re
+import shutil
+import time
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from pathlib import Path
+
+from coterie.search.store import JOB_ENDED
+from coterie.service.access import operator
+from coterie.service.config import JOB_ID, Settings
+from coterie.service.storage.audit import audit
+from coterie.service.storage.database import Database
+from coterie.service.storage.files import FileRepository
+from coterie.service.storage.repositories import JobRepository, NotFound
+
+logger = logging.getLogger(__name__)
+
+# What is younger may belong to what is only being written; clocks of machines that share a disk differ, too.
+ORPHAN_SECONDS = 3600.0
+# What is not whole yet, as a training and `replace_file` name it.
+_TEMPORARY = re.compile(r".+\.[0-9]+\.part|\..+\.[0-9a-f]{32}")
+_CONVERTED = ("network.onnx", "network.pt2")  # made from a completed trial's files, and known to no row
+_TRIALS, _CHECKPOINTS = "trials", "checkpoints"
+_WORKING = (_CHECKPOINTS, "scratch", "driver.json")  # the last holds the database's password
+
+
+class WrongDatabase(Exception):
+    """The database knows none of the jobs that there are files of."""
+
+
+class Kind(StrEnum):
+    """What is removed, in words."""
+
+    JOB = "job that ended long ago"
+    EVENTS = "events of a job that ended long ago"
+    JOB_FOLDER = "files of no job"
+    TRIAL_FILES = "files of no completed trial"
+    WORKING = "working files of an ended job"
+    TEMPORARY = "temporary file"
+
+
+@dataclass(frozen=True)
+class Removed:
+    """Something that was removed, or would be.
+
+    Attributes:
+        kind: What it is.
+        name: A job's id, or a path below the folder of all jobs.
+        size: Bytes of files.
+        events: Number of events.
+        problem: Why it could not be removed.
+    """
+
+    kind: Kind
+    name: str
+    size: int = 0
+    events: int = 0
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file, or a folder with all below it; `changed` is when any of it last was, in Unix time."""
+
+    path: Path
+    size: int
+    changed: float
+    children: tuple["_Entry", ...] = ()
+
+
+def remove_job_files(settings: Settings, job_id: str) -> None:
+    """Remove the files of a job that SQL does not have any more; what can't be removed is left to `gc`."""
+    try:
+        _remove(settings.artifacts_of(job_id))
+    except OSError as error:
+        logger.warning("files of %s, which was deleted, are left to `coterie gc`: %s", job_id, error)
+
+
+def collect_garbage(settings: Settings, database: Database, *, dry_run: bool = False) -> Iterator[Removed]:
+    """Remove what nobody needs, one thing after another, and tell it; with `dry_run` only tell it.
+
+    Raises:
+        WrongDatabase: If the database knows none of the jobs that there are files of; nothing is removed.
+        OSError: If the files can't be listed.
+    """
+    now = datetime.now(UTC)
+    folders = _job_folders(settings.jobs_dir)
+    expired: list[tuple[str, str]] = []
+    passing: list[tuple[str, int]] = []
+    with database.read() as session:
+        found = FileRepository(session)
+        if folders and not found.states([folder.name for folder in folders]):
+            raise WrongDatabase(
+                f"None of the {len(folders)} jobs with files in {settings.jobs_dir} is in the database. Is "
+                "it the right one (COTERIE_DATABASE_URL, COTERIE_ARTIFACTS, --data-dir)? Nothing was removed."
+            )
+        if settings.retention_days is not None:
+            expired = found.ended_before(now - timedelta(days=settings.retention_days))
+        if settings.event_retention_days is not None:
+            passing = found.passing_events(now - timedelta(days=settings.event_retention_days))
+    gone = {job_id for _, job_id in expired}
+    for tenant, job_id in expired:
+        yield _remove_job(settings, database, tenant, job_id, dry_run)
+    for job_id, events in passing:
+        if job_id not in gone:
+            if not dry_run:
+                with database.write() as session:
+                    FileRepository(session).remove_passing_events(job_id)
+            yield Removed(Kind.EVENTS, job_id, events=events)
+    oldest = time.time() - ORPHAN_SECONDS
+    for folder in folders:
+        if folder.name not in gone:
+            for kind, entry in _garbage_of(database, folder, oldest):
+                removed = Removed(kind, str(entry.path.relative_to(settings.jobs_dir)), entry.size)
+                yield removed if dry_run else _try_to_remove(removed, entry.path)
+
+
+def _remove_job(settings: Settings, database: Database, tenant: str, job_id: str, dry_run: bool) -> Removed:
+    folder = settings.artifacts_of(job_id)
+    files = _list(folder)
+    removed = Removed(Kind.JOB, job_id, files.size if files else 0)
+    if dry_run:
+        return removed
+    try:
+        with database.write() as session:
+            row = JobRepository(session, tenant).delete(job_id)
+            audit(
+                session,
+                operator(tenant),
+                "job.delete",
+                job_id,
+                name=row.name,
+                bytes=row.stored_bytes,
+                retention_days=settings.retention_days,
+            )
+    except NotFound:
+        return replace(removed, problem="somebody else deletes it just now")
+    return _try_to_remove(removed, folder)
+
+
+def _garbage_of(database: Database, folder: Path, oldest: float) -> Iterator[tuple[Kind, _Entry]]:
+    """What nobody needs of a job's files, and no process has changed since `oldest`."""
+    job = _list(folder)
+    if job is None:
+        return
+    # Behind the list, and the state first: a trial that ends meanwhile is then one of a job that runs.
+    with database.read() as session:
+        found = FileRepository(session)
+        state = found.states([folder.name]).get(folder.name)
+        files = found.files(folder.name)
+    if state is None:
+        if job.changed < oldest:
+            yield Kind.JOB_FOLDER, job
+        return
+    for part in job.children:
+        if part.path.name in _WORKING and state in JOB_ENDED:
+            if part.changed < oldest:
+                yield Kind.WORKING, part
+        elif part.path.name == _TRIALS and state in JOB_ENDED:
+            for trial in part.children:
+                yield from _garbage_of_trial(trial, files.get(trial.path.name), oldest)
+        elif part.path.name in (_TRIALS, _CHECKPOINTS):
+            yield from _temporary(part, oldest)
+
+
+def _garbage_of_trial(
+    trial: _Entry, names: Collection[str] | None, oldest: float
+) -> Iterator[tuple[Kind, _Entry]]:
+    if names is None:
+        if trial.changed < oldest:
+            yield Kind.TRIAL_FILES, trial
+        return
+    kept = {*names, *_CONVERTED}
+    for file in trial.children:
+        if file.path.name not in kept and file.changed < oldest:
+            yield Kind.TEMPORARY if _TEMPORARY.fullmatch(file.path.name) else Kind.TRIAL_FILES, file
+
+
+def _temporary(entry: _Entry, oldest: float) -> Iterator[tuple[Kind, _Entry]]:
+    if _TEMPORARY.fullmatch(entry.path.name) and entry.changed < oldest:
+        yield Kind.TEMPORARY, entry
+    for child in entry.children:
+        yield from _temporary(child, oldest)
+
+
+def _job_folders(root: Path) -> list[Path]:
+    """The folders of jobs, by name; what has another name is not ours."""
+    if not root.exists():
+        return []
+    with os.scandir(root) as found:
+        return sorted(
+            Path(entry.path)
+            for entry in found
+            if JOB_ID.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+        )
+
+
+def _list(path: Path) -> _Entry | None:
+    """A file or folder as it is now; None where it is gone. Links are not followed."""
+    try:
+        status = path.lstat()
+        if path.is_symlink() or not path.is_dir():
+            return _Entry(path, status.st_size, status.st_mtime)
+        children = tuple(found for name in sorted(os.listdir(path)) if (found := _list(path / name)))
+    except FileNotFoundError:
+        return None
+    return _Entry(
+        path,
+        sum(child.size for child in children),
+        max([status.st_mtime, *(child.changed for child in children)]),
+        children,
+    )
+
+
+def _try_to_remove(removed: Removed, path: Path) -> Removed:
+    try:
+        _remove(path)
+    except OSError as error:
+        return replace(removed, problem=str(error))
+    return removed
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder that may be gone already; links are removed, not followed."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except FileNotFoundError:
+        return
