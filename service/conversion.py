@@ -16,7 +16,10 @@ Form = Literal["onnx", "pt2"]
 FAULTY = 2  # exit status of `coterie.models.convert`: the files are at fault
 WAIT_SECONDS = 30.0
 CONVERSION_SECONDS = 600.0  # a large network of many branches takes a minute; beyond this something hangs
+MOST_WAITING = 4  # requests, that which is converted included: each holds one of the server's 40 threads
+_PLACES = threading.BoundedSemaphore(MOST_WAITING)
 _ONE_AT_A_TIME = threading.Lock()  # each takes a core and a gigabyte
+_BUSY = "other networks are being converted; try again in a minute"
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +54,18 @@ def convert(folder: Path, form: Form) -> Path:
     file = folder / f"network.{form}"
     if file.exists():
         return file
-    # Whoever waits holds one of the server's threads.
-    if not _ONE_AT_A_TIME.acquire(timeout=WAIT_SECONDS):
-        raise ConversionBusy("other networks are being converted; try again in a minute")
+    if not _PLACES.acquire(blocking=False):
+        raise ConversionBusy(_BUSY)
     try:
-        if not file.exists():
-            _run(folder, form, file)
+        if not _ONE_AT_A_TIME.acquire(timeout=WAIT_SECONDS):
+            raise ConversionBusy(_BUSY)
+        try:
+            if not file.exists():
+                _run(folder, form, file)
+        finally:
+            _ONE_AT_A_TIME.release()
     finally:
-        _ONE_AT_A_TIME.release()
+        _PLACES.release()
     return file
 
 

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from fastapi import FastAPI
+from sqlalchemy import select
 
 from coterie.search.store import (
     Candidate,
@@ -29,6 +30,7 @@ from coterie.service.storage import migrate
 from coterie.service.storage.database import Database
 from coterie.service.storage.repositories import JobRepository
 from coterie.service.storage.store import SqlTrialStore
+from coterie.service.storage.tables import TrialRow
 
 SPEC: dict[str, Any] = {"name": "digits", "dataset": {"source": "digits"}, "budget": {"trials": 4}}
 LEASE = timedelta(seconds=30)
@@ -96,6 +98,14 @@ class Server:
             jobs.set_submission(claimed.job_id, claimed.attempt, f"{claimed.job_id}-{claimed.attempt}")
             jobs.set_driver(claimed.job_id, claimed.attempt, "host:1", now)
         return SqlTrialStore(self.database, claimed.job_id, claimed.attempt)
+
+    def write_file(self, trial_id: str, name: str, content: bytes) -> None:
+        """Put this in the place of a trial's file, as if the trial had written it."""
+        [file] = self.settings.data_dir.glob(f"jobs/*/**/{trial_id}/{name}")
+        file.write_bytes(content)
+        with self.database.write() as session:
+            row = session.scalars(select(TrialRow).where(TrialRow.id == trial_id)).one()
+            row.files = {**row.files, name: {**row.files[name], "size": len(content)}}
 
 
 def trial(number: int, family: str = "shared") -> Trial:

@@ -28,6 +28,8 @@ CONVERSION_SECONDS = 120  # a network is converted at the first request
 PHASES = ("examples", "coverage", "fuzzing", "stateful")
 # By default these count as "accepted" where the data keeps the schema.
 ACCEPTED = ("2xx", "3xx", "401", "403", "404", "409", "429", "5xx")
+# By default these count as "rejected" where it does not, but for 413, 414 and 431: so large may it be.
+REJECTED = ("400", "401", "403", "404", "405", "406", "409", "413", "414", "415", "422", "429", "431")
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def fill(server: LiveServer) -> tuple[str, dict[str, list[str]]]:
 def configuration(document: dict[str, Any], ids: dict[str, list[str]]) -> str:
     """What Schemathesis cannot know, as its TOML file."""
     parts = [f"[dictionaries.{name}]\nvalues = {json.dumps(values)}" for name, values in ids.items()]
-    parts += ["[parameters]"]
+    parts += [f"[checks]\nnegative_data_rejection.expected-statuses = {json.dumps(REJECTED)}", "[parameters]"]
     # Half of the time what exists is asked for, else what the schema allows.
     parts += [f'"path.{name}" = {{ dictionary = "{name}", probability = 0.5 }}' for name in ids]
     for path, item in document["paths"].items():
@@ -102,6 +104,7 @@ def _rules(operation: dict[str, Any]) -> Iterator[str]:
         yield f'parameters."query.timeout_seconds" = {STREAM_SECONDS}'
     if "format" in names:
         yield f"request-timeout = {CONVERSION_SECONDS}"
+        yield f"checks.max_response_time = {CONVERSION_SECONDS}"
         yield 'parameters."path.trial_id" = { dictionary = "converted", probability = 0.5 }'
 
 
@@ -141,7 +144,7 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=5000, help="at least so many")
     parser.add_argument("--database", choices=["sqlite", "postgres"], default="sqlite")
     arguments = parser.parse_args()
-    began, cases, examples = time.monotonic(), 0, 50
+    began, cases, examples = time.monotonic(), 0, 120
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         url = stack.enter_context(postgres_server(folder))() if arguments.database == "postgres" else None

@@ -72,7 +72,7 @@ def live_server(
             assert thread.is_alive()
             time.sleep(0.005)
         try:
-            with httpx.Client(base_url=url) as client:
+            with httpx.Client(base_url=url, timeout=60) as client:  # the first job brings torch
                 live = LiveServer(url, settings, dispatcher, client)
                 yield live
                 live.database.close()
@@ -82,7 +82,15 @@ def live_server(
 
 
 def say(address: tuple[str, int], *parts: bytes, pause: float = 0.0) -> tuple[int, dict[str, str], bytes]:
-    """Send what may be no HTTP, and read until the server closes: status, headers, body."""
+    """As `exchange`: status, headers and body of the answer, the status 0 where there is none."""
+    head, _, body = exchange(address, *parts, pause=pause).partition(b"\r\n\r\n")
+    status, *lines = head.decode().split("\r\n")
+    headers = dict(line.lower().split(": ", 1) for line in lines)
+    return int(status.split()[1]) if status else 0, headers, body
+
+
+def exchange(address: tuple[str, int], *parts: bytes, pause: float = 0.0) -> bytes:
+    """Send what may be no HTTP, and read until the server closes."""
     with socket.create_connection(address, timeout=10) as connection:
         for part in parts:
             try:
@@ -96,10 +104,7 @@ def say(address: tuple[str, int], *parts: bytes, pause: float = 0.0) -> tuple[in
                 answer += chunk
         except ConnectionResetError:
             pass
-    head, _, body = answer.partition(b"\r\n\r\n")
-    status, *lines = head.decode().split("\r\n")
-    headers = dict(line.lower().split(": ", 1) for line in lines)
-    return int(status.split()[1]) if status else 0, headers, body
+    return answer
 
 
 def add_trial(

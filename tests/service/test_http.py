@@ -1,6 +1,7 @@
 """What all answers have in common: ids, headers, tags, compression, HEAD, CORS; and clients that are slow."""
 
 import asyncio
+import io
 import json
 import logging
 import re
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
 
@@ -19,14 +21,17 @@ import uvicorn
 from fastapi import Request
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
+from coterie.service.app import create_app
 from coterie.service.config import Settings
 from coterie.service.middleware import LIMIT_URL, none_match
 from coterie.service.protocol import Protocol
 from coterie.service.request_id import RequestIdFilter
-from tests.service.conftest import Problem, Server, open_server
+from coterie.service.serving import _listening, _Server, server_config
+from tests.service.conftest import Problem, RecordingDispatcher, Server, open_server
 from tests.service.live import live_server, say
 
 ORIGIN = "https://dashboard.example.org"
@@ -199,9 +204,9 @@ def test_a_small_answer_is_not_compressed(client: httpx.Client) -> None:
 
 def test_a_compressed_file_is_not_the_file_itself(searched: tuple[Server, str]) -> None:
     """Ranges and a strong tag are of the file as it is."""
-    server, job_id = searched
-    [file] = server.settings.artifacts_of(job_id).rglob("trial_0/architecture.json")
-    file.write_text(json.dumps({"family": "shared", "padding": " " * 5000}))
+    server, _ = searched
+    content = json.dumps({"family": "shared", "padding": " " * 5000})
+    server.write_file("trial_0", "architecture.json", content.encode())
     path = "/v1/trials/trial_0/architecture"
     plain = server.client.get(path, headers={"Accept-Encoding": "identity"})
     packed = server.client.get(path)
@@ -214,9 +219,8 @@ def test_a_compressed_file_is_not_the_file_itself(searched: tuple[Server, str]) 
 
 
 def test_weights_are_sent_as_they_are(searched: tuple[Server, str]) -> None:
-    server, job_id = searched
-    [file] = server.settings.artifacts_of(job_id).rglob("trial_0/weights.safetensors")
-    file.write_bytes(bytes(10_000))
+    server, _ = searched
+    server.write_file("trial_0", "weights.safetensors", bytes(10_000))
     answer = server.client.get("/v1/trials/trial_0/model")
     assert "content-encoding" not in answer.headers
     assert answer.headers["content-length"] == "10000"
@@ -386,3 +390,48 @@ def test_the_server_starts_without_what_trains_networks() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@contextmanager
+def serving_on(port: int, data_dir: Path, dispatcher: RecordingDispatcher) -> Iterator[tuple[_Server, int]]:
+    """As `serve` does it, without Ray and signals."""
+    settings = Settings(data_dir=data_dir, _env_file=None)
+    app = create_app(settings, dispatcher)
+    server = _Server(server_config(app, settings), app, [], Console(file=io.StringIO()))
+    with _listening("127.0.0.1", port) as listener:
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.005)
+        try:
+            yield server, listener.getsockname()[1]
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+def test_a_server_that_is_told_to_stop_finishes_what_it_answers_and_frees_its_port(tmp_path: Path) -> None:
+    asked, may_answer = threading.Event(), threading.Event()
+
+    class Slow(RecordingDispatcher):
+        def ready(self) -> tuple[bool, str]:
+            asked.set()
+            assert may_answer.wait(10)
+            return super().ready()
+
+    with ThreadPoolExecutor(1) as threads:
+        with serving_on(0, tmp_path, Slow()) as (server, port):
+            answer = threads.submit(httpx.get, f"http://127.0.0.1:{port}/readyz", timeout=10)
+            assert asked.wait(10)
+            server.should_exit = True
+            while True:  # it takes no more
+                try:
+                    httpx.get(f"http://127.0.0.1:{port}/healthz")
+                except httpx.ConnectError:
+                    break
+            may_answer.set()
+            assert answer.result().json()["status"] == "ready"
+        with serving_on(port, tmp_path, RecordingDispatcher()) as (_, again):
+            assert again == port
+            assert httpx.get(f"http://127.0.0.1:{port}/healthz").status_code == 200
