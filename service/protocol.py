@@ -1,5 +1,6 @@
 """HTTP on a socket: uvicorn's protocol, with bounds on clients that are slow, too many or speak no HTTP."""
 
+import socket
 import sys
 from asyncio import BaseTransport, TimerHandle
 from http import HTTPStatus
@@ -33,6 +34,9 @@ class Protocol(H11Protocol):
     def connection_made(self, transport: BaseTransport) -> None:
         """Begin to wait for the first request."""
         super().connection_made(transport)  # type: ignore[arg-type] # a socket's
+        # Head and body are written one after the other, and Nagle's algorithm would hold the body for 40 ms.
+        # asyncio sees to it only where the listening socket was made with IPPROTO_TCP.
+        transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self._awaited: object = None  # h11's state while a part of a request arrives
         self._deadline: TimerHandle | None = None
         self._stall: TimerHandle | None = None

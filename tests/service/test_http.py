@@ -6,6 +6,7 @@ import json
 import logging
 import re
 import socket
+import statistics
 import subprocess
 import sys
 import threading
@@ -365,6 +366,17 @@ def test_a_client_that_reads_nothing_is_given_up() -> None:
     with running(config) as address, socket.create_connection(address) as connection:
         connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert ended.wait(20 * SECONDS)
+
+
+def test_a_connection_that_is_kept_waits_for_no_acknowledgement(tmp_path: Path) -> None:
+    """Nagle's algorithm and a delayed acknowledgement together cost 40 ms an answer."""
+    with listening(tmp_path) as address, httpx.Client() as client:
+        seconds = []
+        for _ in range(20):
+            began = time.perf_counter()
+            client.get(f"http://{address[0]}:{address[1]}/healthz").raise_for_status()
+            seconds.append(time.perf_counter() - began)
+    assert statistics.median(seconds) < 0.03
 
 
 def test_connections_beyond_the_limit_are_refused_and_those_within_go_on(tmp_path: Path) -> None:
