@@ -35,7 +35,7 @@ from coterie.search.store import (
     TrialState,
     TrialStore,
 )
-from coterie.search.trial import Assignment, drop_checkpoint
+from coterie.search.trial import Assignment
 from coterie.search.work import SideRun, SubsetRun
 
 logger = logging.getLogger(__name__)
@@ -187,7 +187,7 @@ class SearchController:
 
         def record(store: TrialStore) -> None:
             store.end_trial(run_id, ending, front)
-            drop_checkpoint(self._artifacts.checkpoint_folder(run_id))
+            self._artifacts.drop_checkpoint(run_id)
 
         self._recorder.write(record)
         self._estimate()
@@ -469,7 +469,7 @@ class SearchController:
 
         def record(store: TrialStore) -> None:
             store.add_confirmation(confirmation)
-            drop_checkpoint(self._artifacts.checkpoint_folder(run_id))
+            self._artifacts.drop_checkpoint(run_id)
 
         self._recorder.write(record)
         self._estimate()

@@ -13,7 +13,7 @@ from coterie.search.front import feasible
 from coterie.search.objective import metric_directions
 from coterie.search.plan import Plan
 from coterie.search.spec import ConstraintSpec
-from coterie.search.store import ArtifactStore, InMemoryStore, JobState, Trial, TrialState, Verdict
+from coterie.search.store import FolderArtifacts, InMemoryStore, JobState, Trial, TrialState, Verdict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,10 +40,10 @@ class SearchResult:
     history: Sequence[tuple[str, float | None]]
     verdict: Verdict | None
     confirmed: dict[str, PointSummary]
-    artifacts: ArtifactStore
+    artifacts: FolderArtifacts
 
     @classmethod
-    def read(cls, plan: Plan, store: InMemoryStore, artifacts: ArtifactStore) -> "SearchResult":
+    def read(cls, plan: Plan, store: InMemoryStore, artifacts: FolderArtifacts) -> "SearchResult":
         """Read what a search has left in its store."""
         trials, front = store.trials, store.front
         state, reason = store.state

@@ -60,8 +60,8 @@ from coterie.search.store import (
     AffinityResult,
     ArtifactStore,
     Candidate,
-    DiskFull,
     Ending,
+    FilesUnavailable,
     FolderArtifacts,
     InMemoryStore,
     JobState,
@@ -169,7 +169,8 @@ def drive(
 
     Raises:
         Fenced: If a newer attempt has begun, or the job was cancelled: nothing more was written.
-        DiskFull: If there is no space left for a file. No trial has ended for it: a later attempt goes on.
+        FilesUnavailable: If a file can't be written or read, as on a full disk. No trial has ended for it: a
+            later attempt goes on.
     """
     resumed = patiently(store.resume)
     concurrent = _concurrency(plan)
@@ -317,7 +318,7 @@ def _tune(
         tune.with_parameters(TrialActor, context=context), {"cpu": wish.cpus, "gpu": wish.gpus}
     )
     relay = _Relay(controller)
-    with _quiet_tune():
+    with _quiet_tune(), artifacts.workspace() as scratch:
         Tuner(
             trainable,
             tune_config=TuneConfig(
@@ -329,7 +330,7 @@ def _tune(
             ),
             run_config=RunConfig(
                 name="tune",
-                storage_path=str(artifacts.scratch()),
+                storage_path=str(scratch),
                 callbacks=[_Events(relay)],
                 stop=_OutOfTime(relay),
                 checkpoint_config=CheckpointConfig(checkpoint_frequency=0, checkpoint_at_end=False),
@@ -382,7 +383,6 @@ class TrialActor(tune.Trainable):
         if self._unusable:
             os._exit(1)  # the trial starts again in a new process
         self._order: Order = new_config["order"]
-        self._checkpoints = self._artifacts.checkpoint_folder(self._order.id)
         self._training: Training | None = None
         self._unreported: deque[Measurement] = deque()
         return True
@@ -391,7 +391,7 @@ class TrialActor(tune.Trainable):
         """Train an epoch, keep it, report it; after the last one the trial's ending too.
 
         What a candidate raises is its ending, so that an error that reaches Tune always means a dead process.
-        But a full disk is no fault of its own: then it has no ending yet.
+        But a full disk, or a store that is away, is no fault of its own: then it has no ending yet.
         """
         work = self._order.work
         if not isinstance(work, Assignment):
@@ -399,9 +399,9 @@ class TrialActor(tune.Trainable):
         try:
             with full_disk_told():
                 return self._advance(work)
-        except DiskFull as error:
-            logger.warning("%s can't go on: %s", self._order.id, error)
-            return {"measurement": None, "ending": None, "disk_full": str(error), "done": True}
+        except FilesUnavailable as error:
+            logger.warning("%s can't go on", self._order.id, exc_info=True)
+            return {"measurement": None, "ending": None, "without_files": error, "done": True}
         except Exception as error:
             logger.exception("%s failed", self._order.id)
             self._unusable = self._bench.device.type == "cuda"  # an error there can break the whole process
@@ -417,7 +417,8 @@ class TrialActor(tune.Trainable):
     def _advance(self, assignment: Assignment) -> dict[str, Any]:
         if self._training is None:
             self._training = Training(assignment, self._bench, self._yardstick)
-            found = self._training.restore(self._checkpoints)
+            with self._artifacts.saved_checkpoint(self._order.id) as folder:
+                found = self._training.restore(folder)
             self._unreported.extend(m for m in found if m.epoch > assignment.recorded)
         training = self._training
         if self._unreported:
@@ -425,13 +426,16 @@ class TrialActor(tune.Trainable):
         measurement = training.run_epoch()
         report: dict[str, Any] = {"measurement": measurement, "ending": None, "done": training.done}
         if not training.done:  # the last epoch's checkpoint would be deleted at once
-            training.save(self._checkpoints)
+            with self._artifacts.keep_checkpoint(self._order.id) as folder:
+                training.save(folder)
         elif assignment.confirms:
-            folder = self._artifacts.scratch() / self._order.id
-            folder.mkdir(exist_ok=True)
-            report["ending"] = training.finish(folder)
+            with self._artifacts.workspace() as scratch:
+                folder = scratch / self._order.id
+                folder.mkdir(exist_ok=True)
+                report["ending"] = training.finish(folder)
         else:
-            report["ending"] = training.finish(self._artifacts.trial_folder(self._order.id))
+            with self._artifacts.keep_trial(self._order.id) as folder:
+                report["ending"] = training.finish(folder)
         return report
 
     def _run_aside(self, run: SideRun) -> dict[str, Any]:
@@ -563,8 +567,8 @@ class _Events(Callback):
             return
         with relay.guard():
             order, result = relay.ours.pop(trial.trial_id), trial.last_result
-            if "disk_full" in result:
-                raise DiskFull(result["disk_full"])
+            if "without_files" in result:
+                raise result["without_files"]
             if not isinstance(order.work, Assignment):
                 relay.controller.learned(order.id, result["outcome"], result["device_seconds"])
             elif result["ending"] is not None:

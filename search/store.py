@@ -12,16 +12,21 @@ The contract, for every store (`tests/contracts/` holds each to it):
 """
 
 import copy
+import re
 import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
 Values = dict[str, float | None]
+_ID = re.compile("[0-9A-Za-z][0-9A-Za-z._-]*")  # of a trial or another run
+# Folders of a job.
+TRIALS, CHECKPOINTS, SCRATCH = "trials", "checkpoints", "scratch"
 # Metrics that every completed trial has, whatever its job aims at.
 COSTS = ("macs", "params", "latency_ms", "peak_memory_mb", "train_device_seconds")
 
@@ -66,8 +71,12 @@ class TrialEnded(Exception):
     """The trial has ended, and an ended trial never changes."""
 
 
-class DiskFull(Exception):
-    """There was no space left for a file of the job's: no fault of a trial's; it goes on when there is."""
+class FilesUnavailable(Exception):
+    """A file of the job's can't be written or read now: no fault of a trial's; it goes on when it can."""
+
+
+class DiskFull(FilesUnavailable):
+    """There was no space left for a file of the job's; it goes on when there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -426,19 +435,41 @@ class TrialStore(Protocol):
 
 
 class ArtifactStore(Protocol):
-    """Where the files of a job's trials live. Paths are ours: ids, never a user's words."""
+    """Where the files of a job's trials live, for every process of the job.
 
-    def trial_folder(self, trial_id: str) -> Path:
-        """The folder of a trial's artifacts, existing."""
+    Trials write and read in folders of their own machine, while a block lasts; where these are not the place
+    itself, files are brought there and fetched, each whole or not at all. Names are ours: ids, never a user's
+    words. Where the place can't be reached, `FilesUnavailable` is raised.
+    """
 
-    def checkpoint_folder(self, trial_id: str) -> Path:
-        """The folder of a trial's checkpoint, existing or not."""
+    def keep_trial(self, trial_id: str) -> AbstractContextManager[Path]:
+        """A folder to write a trial's artifacts to, which are kept when the block ends without an error."""
 
-    def scratch(self) -> Path:
-        """A folder of the job for the runner's own files, existing."""
+    def keep_checkpoint(self, trial_id: str) -> AbstractContextManager[Path]:
+        """A folder to write a trial's checkpoint to, existing or not; kept in the same way."""
+
+    def saved_checkpoint(self, trial_id: str) -> AbstractContextManager[Path]:
+        """A folder, existing or not, with a trial's checkpoint if it has one."""
+
+    def drop_checkpoint(self, trial_id: str) -> None:
+        """Delete a trial's checkpoint, if it has one."""
+
+    def workspace(self) -> AbstractContextManager[Path]:
+        """A folder for the runner's own files, existing."""
 
     def drop_working_files(self) -> None:
         """Delete what only a running job needs: checkpoints and the runner's own files."""
+
+
+def checked_id(name: str) -> str:
+    """The id itself, which is the name of one file or folder.
+
+    Raises:
+        ValueError: If it might lead elsewhere.
+    """
+    if not _ID.fullmatch(name):
+        raise ValueError(f"id: must be of letters, digits, dots, dashes and underscores, found {name!r}")
+    return name
 
 
 @dataclass(frozen=True)
@@ -447,17 +478,35 @@ class FolderArtifacts:
 
     root: Path
 
-    def trial_folder(self, trial_id: str) -> Path:  # noqa: D102 - ArtifactStore says it
-        return self._made("trials", trial_id)
+    def trial_folder(self, trial_id: str) -> Path:
+        """The folder of a trial's artifacts, existing."""
+        return self._made(TRIALS, checked_id(trial_id))
 
-    def checkpoint_folder(self, trial_id: str) -> Path:  # noqa: D102
-        return self.root / "checkpoints" / trial_id
+    def checkpoint_folder(self, trial_id: str) -> Path:
+        """The folder of a trial's checkpoint, existing or not."""
+        return self.root / CHECKPOINTS / checked_id(trial_id)
 
-    def scratch(self) -> Path:  # noqa: D102
-        return self._made("scratch")
+    def keep_trial(self, trial_id: str) -> AbstractContextManager[Path]:  # noqa: D102 - ArtifactStore says it
+        return nullcontext(self.trial_folder(trial_id))
+
+    def keep_checkpoint(self, trial_id: str) -> AbstractContextManager[Path]:  # noqa: D102
+        return nullcontext(self.checkpoint_folder(trial_id))
+
+    def saved_checkpoint(self, trial_id: str) -> AbstractContextManager[Path]:  # noqa: D102
+        return nullcontext(self.checkpoint_folder(trial_id))
+
+    def drop_checkpoint(self, trial_id: str) -> None:  # noqa: D102
+        shutil.rmtree(self.checkpoint_folder(trial_id), ignore_errors=True)
+
+    def scratch(self) -> Path:
+        """The folder of the runner's own files, existing."""
+        return self._made(SCRATCH)
+
+    def workspace(self) -> AbstractContextManager[Path]:  # noqa: D102
+        return nullcontext(self.scratch())
 
     def drop_working_files(self) -> None:  # noqa: D102
-        for folder in ("checkpoints", "scratch"):
+        for folder in (CHECKPOINTS, SCRATCH):
             shutil.rmtree(self.root / folder, ignore_errors=True)
 
     def _made(self, *parts: str) -> Path:

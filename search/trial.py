@@ -4,7 +4,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import socket
 import time
 from collections import deque
@@ -335,8 +334,11 @@ class Training:
         part = folder / f"{CHECKPOINT}.{os.getpid()}.part"
         contiguous = {name: value.contiguous() for name, value in tensors.items()}
         metadata = {"format": CHECKPOINT_FORMAT, "training": json.dumps(about)}
-        save_file(contiguous, part, metadata=metadata)
-        part.replace(folder / CHECKPOINT)
+        try:
+            save_file(contiguous, part, metadata=metadata)
+            part.replace(folder / CHECKPOINT)
+        finally:
+            part.unlink(missing_ok=True)  # half of one would keep a full disk full
 
     def restore(self, folder: Path) -> list[Measurement]:
         """Go on from the checkpoint in `folder`.
@@ -458,11 +460,6 @@ def worker_name() -> str:
     return f"{socket.gethostname()}:{os.getpid()}"
 
 
-def drop_checkpoint(folder: Path) -> None:
-    """Delete a trial's checkpoint, if there is one."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
 def _finite(values: Mapping[str, float | None]) -> dict[str, float | None]:
     """None in place of what is no number: JSON has no word for it."""
     return {
@@ -493,5 +490,5 @@ def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _describe(path: Path) -> StoredFile:
-    content = path.read_bytes()
-    return StoredFile(size=len(content), sha256=hashlib.sha256(content).hexdigest())
+    with path.open("rb") as file:
+        return StoredFile(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())

@@ -405,6 +405,7 @@ def gc(
     Settings say how long jobs (COTERIE_RETENTION_DAYS) and the events of their trials
     (COTERIE_EVENT_RETENTION_DAYS) are kept; by default for ever.
     """
+    from coterie.search.store import FilesUnavailable
     from coterie.service import files
 
     settings = _settings(data_dir=data_dir)
@@ -415,7 +416,7 @@ def gc(
                 found.append(removed)
                 if not as_json:
                     typer.echo(console.removed_line(removed))
-        except (files.WrongDatabase, OSError) as error:
+        except (files.WrongDatabase, FilesUnavailable, OSError) as error:
             _fail(str(error))
     if as_json:
         _print_json({"dry_run": dry_run, "removed": [asdict(removed) for removed in found]})

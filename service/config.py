@@ -9,6 +9,7 @@ import platformdirs
 from pydantic import AfterValidator, BeforeValidator, Field, model_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from coterie.search.artifacts import Location, location_of
 from coterie.service.storage.database import sqlite_file
 from coterie.service.storage.tenants import Limits
 
@@ -19,9 +20,24 @@ def _default_data_dir() -> Path:
     return platformdirs.user_data_path("coterie", appauthor=False)
 
 
-def _absolute(path: Path | None) -> Path | None:
+def _absolute(path: Path) -> Path:
     """Jobs run in folders of their own, so no path may depend on the server's."""
-    return None if path is None else path.expanduser().absolute()
+    return path.expanduser().absolute()
+
+
+def _location(text: str) -> str:
+    """A folder by its absolute path, or a URL as it is."""
+    if "://" not in text:
+        return str(_absolute(Path(text)))
+    if "@" in text.partition("://")[2].partition("/")[0]:
+        raise ValueError("artifacts: must hold no password; s3fs reads AWS_* variables and ~/.aws")
+    try:
+        location_of(text)
+    except ImportError as error:
+        raise ValueError(f"artifacts: {error}; for S3 run `pip install 'coterie[s3]'`") from error
+    except ValueError as error:
+        raise ValueError(f"artifacts: must be a folder or a URL that fsspec knows, found {text}") from error
+    return text.rstrip("/")
 
 
 def _words(value: object) -> object:
@@ -39,10 +55,10 @@ class Settings(BaseSettings):
     data_dir: Annotated[Path, AfterValidator(_absolute)] = Field(
         default_factory=_default_data_dir, description="Folder of database, artifacts, logs and Ray's state."
     )
-    artifacts: Annotated[Path | None, AfterValidator(_absolute)] = Field(
+    artifacts: Annotated[str, BeforeValidator(str), AfterValidator(_location)] | None = Field(
         default=None,
-        description="Folder of the jobs' files, which servers that share a database share too; by default in "
-        "the data folder.",
+        description="Folder of the jobs' files, or a URL that fsspec knows, as s3://bucket/prefix. Servers "
+        "that share a database share it too, and no others. By default in the data folder.",
     )
     database_url: str | None = Field(
         default=None, description="SQLAlchemy URL; by default a SQLite file in the data folder."
@@ -151,11 +167,11 @@ class Settings(BaseSettings):
         return self.cpus or os.cpu_count() or 1
 
     @property
-    def jobs_dir(self) -> Path:
+    def jobs_dir(self) -> Location:
         """The folder that holds a folder for each job, existing or not."""
-        return self.artifacts or self.data_dir / "jobs"
+        return location_of(self.artifacts) if self.artifacts else self.data_dir / "jobs"
 
-    def artifacts_of(self, job_id: str) -> Path:
+    def artifacts_of(self, job_id: str) -> Location:
         """The folder of a job's artifacts and logs, existing or not.
 
         Raises:
@@ -165,6 +181,6 @@ class Settings(BaseSettings):
             raise ValueError(f"job_id: must be as job_1, found {job_id!r}")
         return self.jobs_dir / job_id
 
-    def log_of(self, job_id: str) -> Path:
-        """The log of a job's drivers, existing or not."""
+    def log_of(self, job_id: str) -> Location:
+        """The log of a job's drivers, existing or not, as `job_log` has it."""
         return self.artifacts_of(job_id) / "worker.log"

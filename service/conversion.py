@@ -4,6 +4,7 @@ The conversion runs in a process of its own: the exporters of torch take much me
 threads, and what goes wrong there must not reach the server.
 """
 
+import errno
 import logging
 import subprocess
 import sys
@@ -11,8 +12,12 @@ import threading
 from pathlib import Path
 from typing import Literal
 
+from coterie.search.artifacts import Location, local_copy, put_file, reaching
+from coterie.search.store import DiskFull
+
 Form = Literal["onnx", "pt2"]
 
+_FULL = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT))
 FAULTY = 2  # exit status of `coterie.models.convert`: the files are at fault
 WAIT_SECONDS = 30.0
 CONVERSION_SECONDS = 600.0  # a large network of many branches takes a minute; beyond this something hangs
@@ -36,7 +41,7 @@ class ConversionBusy(Exception):
     """Other conversions take too long to wait for."""
 
 
-def convert(folder: Path, form: Form) -> Path:
+def convert(folder: Location, form: Form) -> Location:
     """Give the network in `folder` in another form.
 
     Args:
@@ -50,9 +55,10 @@ def convert(folder: Path, form: Form) -> Path:
         NotConvertible: If the files are damaged, of another version, or too large for the form.
         ConversionBusy: If others are made and this one had to wait for long.
         ConversionFailed: If it can't be made for another reason.
+        FilesUnavailable: If the folder can't be reached, or its disk is full.
     """
     file = folder / f"network.{form}"
-    if file.exists():
+    if _exists(file):
         return file
     if not _PLACES.acquire(blocking=False):
         raise ConversionBusy(_BUSY)
@@ -60,13 +66,21 @@ def convert(folder: Path, form: Form) -> Path:
         if not _ONE_AT_A_TIME.acquire(timeout=WAIT_SECONDS):
             raise ConversionBusy(_BUSY)
         try:
-            if not file.exists():
-                _run(folder, form, file)
+            if not _exists(file):
+                with local_copy(folder) as local:
+                    _run(local, form, local / file.name)
+                    if not isinstance(file, Path):
+                        put_file(local / file.name, file)
         finally:
             _ONE_AT_A_TIME.release()
     finally:
         _PLACES.release()
     return file
+
+
+def _exists(file: Location) -> bool:
+    with reaching(file):
+        return file.exists()
 
 
 def _run(folder: Path, form: Form, file: Path) -> None:
@@ -82,6 +96,8 @@ def _run(folder: Path, form: Form, file: Path) -> None:
     except subprocess.TimeoutExpired as error:
         logger.error("making %s took more than %g s", file, CONVERSION_SECONDS)
         raise ConversionFailed(f"{file.name} could not be made in {CONVERSION_SECONDS:g} s") from error
+    if any(number in done.stderr for number in _FULL):
+        raise DiskFull(f"no space left for {file.name}")
     if done.returncode == FAULTY:
         # Where the server keeps its files is no client's affair.
         fault = done.stderr.strip().removeprefix(f"{folder}: ")

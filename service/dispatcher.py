@@ -20,11 +20,13 @@ import time
 import uuid
 from collections import deque
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
-from coterie.search.store import JOB_ENDED, FolderArtifacts, StoreUnavailable
+from coterie.search.artifacts import Location, reaching
+from coterie.search.store import JOB_ENDED, FilesUnavailable, StoreUnavailable
 from coterie.service.config import Settings
-from coterie.service.files import remove_job_files
+from coterie.service.files import ORDER_FILE, drop_working_files, remove_job_files
 from coterie.service.liveness import Listener
 from coterie.service.ray_head import RayHead, RayHeadError, start_head
 from coterie.service.storage.database import Database
@@ -127,7 +129,7 @@ class Dispatcher:
                     pause = POLL_SECONDS
                 except Exception as error:  # the loop must outlive whatever Ray or the database do
                     self._listener.forget()
-                    failures += not isinstance(error, StoreUnavailable)
+                    failures += not isinstance(error, StoreUnavailable | FilesUnavailable)
                     logger.exception("the dispatcher could not do its work and tries again")
                     self._problem = f"{type(error).__name__}: {error}".splitlines()[0]
                     pause = RETRY_SECONDS
@@ -198,8 +200,12 @@ class Dispatcher:
     def _find_shortage(self) -> str | None:
         """What a driver would need, and is not there."""
         needed = self._settings.min_free_bytes
-        self._settings.jobs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        for name, folder in (("data", self._settings.data_dir), ("artifacts", self._settings.jobs_dir)):
+        folders = {"data": self._settings.data_dir}
+        jobs_dir = self._settings.jobs_dir
+        if isinstance(jobs_dir, Path):
+            jobs_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+            folders["artifacts"] = jobs_dir
+        for name, folder in folders.items():
             free = shutil.disk_usage(folder).free
             if free < needed:
                 return (
@@ -261,7 +267,7 @@ class Dispatcher:
                 if state is None:  # it was deleted, while its driver may still have written
                     remove_job_files(self._settings, job_id)
                 elif state in JOB_ENDED:
-                    FolderArtifacts(self._settings.artifacts_of(job_id)).drop_working_files()
+                    drop_working_files(self._settings, job_id)
             self._left.popleft()
 
     def _check(self, job: RunningJob) -> None:
@@ -299,13 +305,9 @@ class Dispatcher:
 
     def _submit(self, claimed: Claimed) -> None:
         job_id, attempt = claimed.job_id, claimed.attempt
-        folder = self._settings.artifacts_of(job_id)
-        folder.mkdir(parents=True, exist_ok=True)
         # Ray shows a job's entrypoint and environment to everyone, so what is secret goes by a file.
-        order = folder / "driver.json"
-        descriptor = os.open(order, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            json.dump(self._settings.model_dump(mode="json"), file)
+        order = self._settings.artifacts_of(job_id) / ORDER_FILE
+        _write_private(order, json.dumps(self._settings.model_dump(mode="json")))
         python = sys.executable if self._settings.ray_address is None else "python"
         command = [python, "-P", "-m", "coterie.service.worker", job_id, str(attempt), str(order)]
         submission_id = _submission_of(claimed)
@@ -355,6 +357,18 @@ def _owner(settings: Settings) -> str:
         written.write_text(f"server_{uuid.uuid4().hex}")
         written.rename(file)
     return file.read_text()
+
+
+def _write_private(file: Location, text: str) -> None:
+    """Write a file for this user alone; in a place without folders it is for whoever may read there."""
+    if not isinstance(file, Path):
+        with reaching(file):
+            file.write_text(text)
+        return
+    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    descriptor = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+    with os.fdopen(descriptor, "w") as opened:
+        opened.write(text)
 
 
 def _signs_of_life(job: RunningJob) -> tuple[object, ...]:

@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
 from coterie.search.faults import Fault, SpecError, escape
+from coterie.search.store import DiskFull, FilesUnavailable
 from coterie.service import schemas
 from coterie.service.auth import Forbidden
 from coterie.service.body import LIMIT_POINTER, MalformedBody
@@ -70,6 +71,10 @@ KINDS: Mapping[type[Exception], Kind] = {
     ConversionFailed: Kind(
         HTTPStatus.INTERNAL_SERVER_ERROR, "conversion-failed", "The network can't be converted"
     ),
+    DiskFull: Kind(HTTPStatus.INSUFFICIENT_STORAGE, "disk-full", "The server has no space left"),
+    FilesUnavailable: Kind(
+        HTTPStatus.SERVICE_UNAVAILABLE, "files-unavailable", "The place of the files does not answer"
+    ),
     DatabaseUnavailable: Kind(
         HTTPStatus.SERVICE_UNAVAILABLE, "database-unavailable", "The database does not answer"
     ),
@@ -93,8 +98,8 @@ async def _handle_ours(request: Request, error: Exception) -> JSONResponse:
         return _problem(
             request, kind, str(error), nearest=schemas.NearestMiss(trial_id=trial_id, values=values)
         )
-    if isinstance(error, DatabaseUnavailable):
-        logger.error("database unavailable: %s", error)
+    if isinstance(error, DatabaseUnavailable | FilesUnavailable):
+        logger.error("%s: %s", kind.title, error, exc_info=error.__cause__)
         return _problem(request, kind, "try again in a moment")
     response = _problem(request, kind, str(error) or kind.title)
     if isinstance(error, BodyTooLarge):

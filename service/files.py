@@ -9,19 +9,32 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from coterie.search.store import JOB_ENDED
+from coterie.search.artifacts import (
+    FoundFile,
+    Location,
+    artifacts_at,
+    list_files,
+    reaching,
+    remove_files,
+)
+from coterie.search.store import CHECKPOINTS, JOB_ENDED, SCRATCH, TRIALS, FilesUnavailable
 from coterie.service.access import operator
 from coterie.service.config import JOB_ID, Settings
 from coterie.service.storage.audit import audit
 from coterie.service.storage.database import Database
 from coterie.service.storage.files import FileRepository
 from coterie.service.storage.repositories import JobRepository, NotFound
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +43,8 @@ ORPHAN_SECONDS = 3600.0
 # What is not whole yet, as a training and `replace_file` name it.
 _TEMPORARY = re.compile(r".+\.[0-9]+\.part|\..+\.[0-9a-f]{32}")
 _CONVERTED = ("network.onnx", "network.pt2")  # made from a completed trial's files, and known to no row
-_TRIALS, _CHECKPOINTS = "trials", "checkpoints"
-_WORKING = (_CHECKPOINTS, "scratch", "driver.json")  # the last holds the database's password
+ORDER_FILE = "driver.json"  # for the job's driver; it holds the database's password
+_WORKING = (CHECKPOINTS, SCRATCH, ORDER_FILE)
 
 
 class WrongDatabase(Exception):
@@ -72,17 +85,27 @@ class Removed:
 class _Entry:
     """A file, or a folder with all below it; `changed` is when any of it last was, in Unix time."""
 
-    path: Path
+    path: Location
     size: int
     changed: float
     children: tuple["_Entry", ...] = ()
+
+
+def drop_working_files(settings: Settings, job_id: str) -> None:
+    """Remove what only a job that has not ended needs; what can't be removed is left to `gc`."""
+    place = settings.artifacts_of(job_id)
+    artifacts_at(place).drop_working_files()
+    try:
+        _remove(place / ORDER_FILE)
+    except (OSError, FilesUnavailable) as error:
+        logger.warning("working files of %s are left to `coterie gc`: %s", job_id, error)
 
 
 def remove_job_files(settings: Settings, job_id: str) -> None:
     """Remove the files of a job that SQL does not have any more; what can't be removed is left to `gc`."""
     try:
         _remove(settings.artifacts_of(job_id))
-    except OSError as error:
+    except (OSError, FilesUnavailable) as error:
         logger.warning("files of %s, which was deleted, are left to `coterie gc`: %s", job_id, error)
 
 
@@ -91,7 +114,7 @@ def collect_garbage(settings: Settings, database: Database, *, dry_run: bool = F
 
     Raises:
         WrongDatabase: If the database knows none of the jobs that there are files of; nothing is removed.
-        OSError: If the files can't be listed.
+        OSError, FilesUnavailable: If the files can't be listed.
     """
     now = datetime.now(UTC)
     folders = _job_folders(settings.jobs_dir)
@@ -121,7 +144,7 @@ def collect_garbage(settings: Settings, database: Database, *, dry_run: bool = F
     for folder in folders:
         if folder.name not in gone:
             for kind, entry in _garbage_of(database, folder, oldest):
-                removed = Removed(kind, str(entry.path.relative_to(settings.jobs_dir)), entry.size)
+                removed = Removed(kind, str(entry.path).removeprefix(f"{settings.jobs_dir}/"), entry.size)
                 yield removed if dry_run else _try_to_remove(removed, entry.path)
 
 
@@ -148,7 +171,7 @@ def _remove_job(settings: Settings, database: Database, tenant: str, job_id: str
     return _try_to_remove(removed, folder)
 
 
-def _garbage_of(database: Database, folder: Path, oldest: float) -> Iterator[tuple[Kind, _Entry]]:
+def _garbage_of(database: Database, folder: Location, oldest: float) -> Iterator[tuple[Kind, _Entry]]:
     """What nobody needs of a job's files, and no process has changed since `oldest`."""
     job = _list(folder)
     if job is None:
@@ -166,10 +189,10 @@ def _garbage_of(database: Database, folder: Path, oldest: float) -> Iterator[tup
         if part.path.name in _WORKING and state in JOB_ENDED:
             if part.changed < oldest:
                 yield Kind.WORKING, part
-        elif part.path.name == _TRIALS and state in JOB_ENDED:
+        elif part.path.name == TRIALS and state in JOB_ENDED:
             for trial in part.children:
                 yield from _garbage_of_trial(trial, files.get(trial.path.name), oldest)
-        elif part.path.name in (_TRIALS, _CHECKPOINTS):
+        elif part.path.name in (TRIALS, CHECKPOINTS):
             yield from _temporary(part, oldest)
 
 
@@ -193,8 +216,13 @@ def _temporary(entry: _Entry, oldest: float) -> Iterator[tuple[Kind, _Entry]]:
         yield from _temporary(child, oldest)
 
 
-def _job_folders(root: Path) -> list[Path]:
+def _job_folders(root: Location) -> list[Location]:
     """The folders of jobs, by name; what has another name is not ours."""
+    if not isinstance(root, Path):
+        names: set[str] = set()
+        with suppress(FileNotFoundError), reaching(root, FileNotFoundError):
+            names = {path.rstrip("/").rpartition("/")[2] for path in root.fs.ls(root.path, detail=False)}
+        return [root / name for name in sorted(names) if JOB_ID.fullmatch(name)]
     if not root.exists():
         return []
     with os.scandir(root) as found:
@@ -205,8 +233,10 @@ def _job_folders(root: Path) -> list[Path]:
         )
 
 
-def _list(path: Path) -> _Entry | None:
+def _list(path: Location) -> _Entry | None:
     """A file or folder as it is now; None where it is gone. Links are not followed."""
+    if not isinstance(path, Path):
+        return _tree(path, list_files(path))
     try:
         status = path.lstat()
         if path.is_symlink() or not path.is_dir():
@@ -222,16 +252,33 @@ def _list(path: Path) -> _Entry | None:
     )
 
 
-def _try_to_remove(removed: Removed, path: Path) -> Removed:
+def _tree(path: "UPath", files: Sequence[FoundFile]) -> _Entry | None:
+    """What files make of folders where there are none by themselves."""
+    if [file.location for file in files] == [path]:
+        return _Entry(path, files[0].size, files[0].changed)
+    below: dict[str, list[FoundFile]] = {}
+    for file in files:
+        below.setdefault(file.location.relative_to(path).parts[0], []).append(file)
+    children = tuple(found for name, some in below.items() if (found := _tree(path / name, some)))
+    if not children:
+        return None
+    size, changed = sum(child.size for child in children), max(child.changed for child in children)
+    return _Entry(path, size, changed, children)
+
+
+def _try_to_remove(removed: Removed, path: Location) -> Removed:
     try:
         _remove(path)
-    except OSError as error:
+    except (OSError, FilesUnavailable) as error:
         return replace(removed, problem=str(error))
     return removed
 
 
-def _remove(path: Path) -> None:
+def _remove(path: Location) -> None:
     """Remove a file or a folder that may be gone already; links are removed, not followed."""
+    if not isinstance(path, Path):
+        remove_files(path)
+        return
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

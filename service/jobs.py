@@ -4,7 +4,6 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 
 from coterie.search.faults import Fault, SpecError
 from coterie.search.spec import JobChange, JobSpec, ResourcesSpec
@@ -14,13 +13,12 @@ from coterie.service.context import Context
 from coterie.service.cursors import decode_cursor, encode_cursor
 from coterie.service.documents import Document
 from coterie.service.files import remove_job_files
+from coterie.service.job_log import read_tail
 from coterie.service.storage.audit import audit
 from coterie.service.storage.queue import Place, check_quota
 from coterie.service.storage.repositories import Idempotency, JobRepository
 from coterie.service.storage.shown import ShownRow
 from coterie.service.views import job_view
-
-LOG_TAIL_BYTES = 1_000_000
 
 
 def submit_job(context: Context, body: bytes, key: str | None) -> tuple[Document, bool]:
@@ -170,8 +168,7 @@ def read_log(context: Context, job_id: str, lines: int) -> str:
     """The last lines of the log of a job's driver; empty before it has one. NotFound without the job."""
     with context.database.read() as session:
         context.jobs(session).get(job_id)
-    file = context.settings.log_of(job_id)
-    return _tail(file, lines) if file.exists() else ""
+    return read_tail(context.settings.log_of(job_id), lines)
 
 
 def _view(context: Context, jobs: JobRepository, job_id: str) -> Document:
@@ -197,10 +194,3 @@ def _check_resources(resources: ResourcesSpec, node: tuple[float, float]) -> Non
     ]
     if faults:
         raise SpecError(faults)
-
-
-def _tail(file: Path, lines: int) -> str:
-    with file.open("rb") as stream:
-        stream.seek(max(0, file.stat().st_size - LOG_TAIL_BYTES))
-        text = stream.read().decode("utf-8", errors="replace")
-    return "".join(text.splitlines(keepends=True)[-lines:])

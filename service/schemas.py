@@ -474,7 +474,10 @@ class TenantUsage(Schema):
     queued_jobs: int = Field(description="Jobs that wait now.")
     running_jobs: int = Field(description="Jobs that run now.")
     device_seconds: float = Field(description="Devices reserved × time in this month, deleted jobs included.")
-    stored_bytes: int = Field(description="Files of its trials now.")
+    stored_bytes: int = Field(
+        description="Weights and architectures of its trials now; other forms, logs and checkpoints are not "
+        "counted."
+    )
 
 
 class Tenant(Schema):

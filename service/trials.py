@@ -3,7 +3,8 @@
 import logging
 from pathlib import Path
 
-from coterie.search.store import FolderArtifacts, StoredFile, TrialState
+from coterie.search.artifacts import Location, reaching
+from coterie.search.store import TRIALS, StoredFile, TrialState, checked_id
 from coterie.service.context import Context
 from coterie.service.conversion import Form, convert
 from coterie.service.cursors import (
@@ -105,21 +106,26 @@ def list_measurements(context: Context, trial_id: str, *, limit: int, cursor: st
     }
 
 
-def find_file(context: Context, trial_id: str, name: str) -> tuple[Path, StoredFile]:
+def find_file(context: Context, trial_id: str, name: str) -> tuple[Location, StoredFile]:
     """An artifact of a completed trial.
 
     Raises:
         NotFound: If there is no such trial, it has not completed, or the file is gone or not the trial's.
+        FilesUnavailable: If the place of the files can't be reached.
     """
     with context.database.read() as session:
         row = context.trials(session).get(trial_id)
     if row.state != TrialState.COMPLETED or name not in row.files:
         raise NotFound(f"trial {trial_id} is {row.state}: only a completed trial has {name}")
-    file = FolderArtifacts(context.settings.artifacts_of(row.job_id)).trial_folder(trial_id) / name
+    file = context.settings.artifacts_of(row.job_id) / TRIALS / checked_id(trial_id) / name
     stored = StoredFile(**row.files[name])
-    if not file.exists():
-        raise NotFound(f"the file {name} of trial {trial_id} is gone from the server's disk")
-    if not _is_as_written(file, stored, context.settings.artifacts_of(row.job_id).parent):
+    try:
+        with reaching(file, FileNotFoundError):
+            size = file.stat().st_size
+    except FileNotFoundError:
+        logger.error("%s, which trial %s wrote, is gone", file, trial_id)
+        raise NotFound(f"the file {name} of trial {trial_id} is gone from the server's disk") from None
+    if size != stored.size or not _in_place(file, context.settings.jobs_dir):
         logger.error("%s is not the file that trial %s wrote: %s", file, trial_id, stored)
         raise NotFound(
             f"the file {name} of trial {trial_id} on the server's disk is not what the trial wrote"
@@ -127,13 +133,14 @@ def find_file(context: Context, trial_id: str, name: str) -> tuple[Path, StoredF
     return file, stored
 
 
-def _is_as_written(file: Path, stored: StoredFile, root: Path) -> bool:
-    """Whether a file is a file of its size, where it is said to be: no link leads out of the artifacts."""
-    in_place = file.resolve() == root.resolve() / file.relative_to(root)
-    return in_place and file.is_file() and file.stat().st_size == stored.size
+def _in_place(file: Location, root: Location) -> bool:
+    """Whether a file is where it is said to be: no link leads out of the artifacts."""
+    if not isinstance(file, Path) or not isinstance(root, Path):
+        return True  # there are no links
+    return file.is_file() and file.resolve() == root.resolve() / file.relative_to(root)
 
 
-def convert_model(context: Context, trial_id: str, form: Form) -> Path:
+def convert_model(context: Context, trial_id: str, form: Form) -> Location:
     """A completed trial's whole network in another form.
 
     Raises:

@@ -11,14 +11,16 @@ from pathlib import Path
 
 import ray
 
+from coterie.search.artifacts import artifacts_at, location_of
 from coterie.search.faults import SpecError
 from coterie.search.plan import make_plan
 from coterie.search.recorder import Recorder, patiently
 from coterie.search.runner import drive as drive_search
 from coterie.search.spec import JobSpec
-from coterie.search.store import DiskFull, Fenced, FolderArtifacts, JobState
+from coterie.search.store import DiskFull, Fenced, FilesUnavailable, JobState
 from coterie.search.trial import worker_name
 from coterie.service.config import Settings
+from coterie.service.job_log import kept_log
 from coterie.service.storage.database import Database
 from coterie.service.storage.repositories import JobRepository
 from coterie.service.storage.store import SqlTrialStore
@@ -49,7 +51,7 @@ def drive(settings: Settings, job_id: str, attempt: int) -> int:
             ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING)
         # Ray's own handler would run the interpreter's exit work first; the store needs none of it.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
-        artifacts = FolderArtifacts(settings.artifacts_of(job_id))
+        artifacts = artifacts_at(settings.artifacts_of(job_id))
         state, reason = drive_search(plan, store, artifacts, silence=settings.lease_seconds)
     except SpecError as error:  # what the job was submitted with is not installed any more
         fault = str(error)
@@ -58,8 +60,8 @@ def drive(settings: Settings, job_id: str, attempt: int) -> int:
     except Fenced as error:
         logger.warning("%s", error)
         return FENCED
-    except DiskFull as error:
-        why = f"{error}; it goes on when there is"
+    except FilesUnavailable as error:
+        why = f"{error}; it goes on when {'there is' if isinstance(error, DiskFull) else 'they can'}"
         logger.warning("%s waits: %s", job_id, why)
         patiently(lambda: _give_back(database, job_id, attempt, why))
         return GAVE_BACK
@@ -92,18 +94,19 @@ def main() -> None:
     """Read the arguments and drive."""
     job_id, attempt, settings_file = sys.argv[1:]
     logging.raiseExceptions = False  # a log that can't be written, on a full disk, is no reason to say more
-    settings = Settings.model_validate(json.loads(Path(settings_file).read_text()))
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        handlers=[logging.StreamHandler(), *_log_file(settings.log_of(job_id))],
-    )
-    logger.info("attempt %s at %s", attempt, job_id)
-    try:
-        code = drive(settings, job_id, int(attempt))
-    except Exception:
-        logger.exception("the driver ended early")
-        code = 1
+    settings = Settings.model_validate(json.loads(location_of(settings_file).read_text()))
+    with kept_log(settings.log_of(job_id), int(attempt)) as log:
+        logging.basicConfig(
+            level=logging.INFO,
+            format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+            handlers=[logging.StreamHandler(), *_log_file(log)],
+        )
+        logger.info("attempt %s at %s", attempt, job_id)
+        try:
+            code = drive(settings, job_id, int(attempt))
+        except Exception:
+            logger.exception("the driver ended early")
+            code = 1
     with suppress(OSError):
         sys.stdout.flush()
     os._exit(code)  # nothing that Ray would still do at exit matters: the store has everything

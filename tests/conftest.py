@@ -1,10 +1,13 @@
-"""Databases: SQLite files, and a real PostgreSQL out of a wheel."""
+"""Databases: SQLite files, and a real PostgreSQL out of a wheel; an S3 of this machine."""
 
+import logging
 import shutil
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import fsspec
 import pytest
 from sqlalchemy import create_engine, text
 from sqlalchemy.engine import make_url
@@ -93,3 +96,29 @@ def database(request: pytest.FixtureRequest) -> Database:
     """Each kind of database in turn."""
     database: Database = request.getfixturevalue(request.param)
     return database
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[None]:
+    """An S3 over HTTP on this machine, to which the environment leads this process and its children."""
+    from moto.server import ThreadedMotoServer  # takes a second
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # it would log each request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        patch.setenv("AWS_ACCESS_KEY_ID", "test")
+        patch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+        patch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+        yield
+    server.stop()
+
+
+@pytest.fixture
+def s3(s3_server: None) -> str:
+    """The URL of an empty place in S3."""
+    bucket = f"bucket-{uuid.uuid4().hex}"
+    fsspec.filesystem("s3").mkdir(bucket)
+    return f"s3://{bucket}/deep/jobs"

@@ -1,21 +1,20 @@
 """The network that a trial ended with: its description and its weights."""
 
-import hashlib
 from http import HTTPStatus
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from fastapi.responses import FileResponse
 from pydantic import Field
 
+from coterie.search.artifacts import Location
 from coterie.service import trials
 from coterie.service.errors import problem_responses
 from coterie.service.middleware import none_match
+from coterie.service.routes.file_response import digest_of, file_response
 from coterie.service.routes.parameters import NO_QUERY, ContextOf, Parameters, TrialId
 
 router = APIRouter(prefix="/v1/trials/{trial_id}", tags=["architectures"])
-_ERRORS = problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND)
+_ERRORS = problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.SERVICE_UNAVAILABLE)
 _MODEL_ERRORS = problem_responses(
     HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT, HTTPStatus.SERVICE_UNAVAILABLE
 )
@@ -65,13 +64,11 @@ def read_model(
         file, stored = trials.find_file(context, trial_id, trials.WEIGHTS_FILE)
         return _send(request, file, stored.sha256, _MODEL_TYPE, f"{trial_id}.{file.name}")
     file = trials.convert_model(context, trial_id, query.format)
-    with file.open("rb") as content:
-        sha256 = hashlib.file_digest(content, "sha256").hexdigest()
-    return _send(request, file, sha256, _MODEL_TYPE, f"{trial_id}.{query.format}")
+    return _send(request, file, digest_of(file), _MODEL_TYPE, f"{trial_id}.{query.format}")
 
 
-def _send(request: Request, file: Path, sha256: str, media_type: str, name: str) -> Response:
+def _send(request: Request, file: Location, sha256: str, media_type: str, name: str) -> Response:
     headers = {"ETag": f'"{sha256}"'}
     if not none_match(request, headers["ETag"]):
         return Response(status_code=HTTPStatus.NOT_MODIFIED, headers=headers)
-    return FileResponse(file, media_type=media_type, filename=name, headers=headers)
+    return file_response(file, media_type=media_type, filename=name, headers=headers)

@@ -22,7 +22,7 @@ from coterie.models.tasks import TaskSet
 from coterie.search.data.base import Dataset, Split
 from coterie.search.data.digits import Digits
 from coterie.search.objective import METRICS, Yardstick, combined_metrics, metric_directions, task_metrics
-from coterie.search.store import Candidate, Ending, Measurement, TrialState
+from coterie.search.store import Candidate, Ending, FolderArtifacts, Measurement, TrialState
 from coterie.search.trial import (
     CHECKPOINT,
     MEASUREMENTS_KEPT,
@@ -30,7 +30,6 @@ from coterie.search.trial import (
     Bench,
     Diverged,
     Training,
-    drop_checkpoint,
     make_bench,
     worker_name,
 )
@@ -343,6 +342,7 @@ def test_a_save_that_is_cut_short_leaves_the_old_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         training.save(tmp_path)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == [CHECKPOINT]
 
 
 def _power_cut(self: Path, target: Path) -> Path:
@@ -356,8 +356,8 @@ def test_only_the_last_checkpoint_is_kept_and_it_can_be_dropped(start: Start, tm
         training.run_epoch()
         training.save(folder)
     assert [path.name for path in folder.iterdir()] == [CHECKPOINT]
-    drop_checkpoint(folder)
-    drop_checkpoint(folder)  # as often as one likes
+    FolderArtifacts(tmp_path).drop_checkpoint("trial_1")
+    FolderArtifacts(tmp_path).drop_checkpoint("trial_1")  # as often as one likes
     assert not folder.exists()
 
 

@@ -274,3 +274,19 @@ def test_files_that_can_not_be_removed_keep_no_job(
     assert server.client.delete(f"/v1/jobs/{job_id}").status_code == 204
     assert f"files of {job_id}, which was deleted, are left to `coterie gc`" in caplog.text
     assert folder.exists()
+
+
+def test_a_full_disk_is_no_fault_of_the_network(
+    live: LiveServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, problem: Problem
+) -> None:
+    converter = tmp_path / "converter"
+    converter.write_text("#!/bin/sh\necho '[Errno 28] No space left on device: /secret' >&2\nexit 2\n")
+    converter.chmod(0o700)
+    monkeypatch.setattr("coterie.service.conversion.sys.executable", str(converter))
+    document = problem(ask(live, "model?format=onnx"), 507)
+    assert document["type"] == "urn:coterie:problem:disk-full"
+    assert "/secret" not in str(document)
+    monkeypatch.undo()
+    assert (
+        ask(live, "model?format=onnx").status_code == 409
+    )  # its files are no network; nothing half made is left
