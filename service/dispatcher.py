@@ -24,9 +24,10 @@ from pathlib import Path
 from typing import Any
 
 from coterie.search.artifacts import Location, reaching
+from coterie.search.disk import full_disk_told
 from coterie.search.store import JOB_ENDED, FilesUnavailable, StoreUnavailable
 from coterie.service.config import Settings
-from coterie.service.files import ORDER_FILE, drop_working_files, remove_job_files
+from coterie.service.files import ORDER_FILE, claim_root, drop_working_files, remove_job_files
 from coterie.service.liveness import Listener
 from coterie.service.ray_head import RayHead, RayHeadError, start_head
 from coterie.service.storage.database import Database
@@ -112,7 +113,7 @@ class Dispatcher:
         return float(self._settings.node_cpus), float(gpus)
 
     def _run(self) -> None:
-        failures = 0
+        failures, told = 0, None
         try:
             while not self._stopping.is_set():
                 try:
@@ -123,14 +124,18 @@ class Dispatcher:
                         self._drop_head("Ray did not do what it was asked to")
                     if self._client is None:
                         self._connect()
-                    self._tick()
-                    failures = 0
-                    self._problem = None
+                    with full_disk_told():
+                        self._tick()
+                    if told is not None:
+                        logger.info("the dispatcher does its work again")
+                    failures, told, self._problem = 0, None, None
                     pause = POLL_SECONDS
                 except Exception as error:  # the loop must outlive whatever Ray or the database do
                     self._listener.forget()
                     failures += not isinstance(error, StoreUnavailable | FilesUnavailable)
-                    logger.exception("the dispatcher could not do its work and tries again")
+                    if told is not type(error):  # once, however long it lasts; readiness goes on telling it
+                        logger.exception("the dispatcher can't do its work, and tries until it can")
+                    told = type(error)
                     self._problem = f"{type(error).__name__}: {error}".splitlines()[0]
                     pause = RETRY_SECONDS
                 self._wake.wait(pause)
@@ -141,6 +146,7 @@ class Dispatcher:
 
     def _connect(self) -> None:
         """Reach Ray. An embedded head starts empty, so whatever SQL says is running there is not."""
+        claim_root(self._settings, self._database)
         if self._settings.ray_address is not None:
             self._client = job_client(self._settings.ray_address)
             return
@@ -233,9 +239,10 @@ class Dispatcher:
             try:
                 self._submit(claimed)
             except Exception:  # for no fault of the job's
+                reason = "it could not be handed to Ray"
                 with self._database.write() as session:
                     JobRepository(session).requeue(
-                        claimed.job_id, claimed.attempt, "Ray did not take it", _now(), preempted=True
+                        claimed.job_id, claimed.attempt, reason, _now(), preempted=True
                     )
                 raise
 

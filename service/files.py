@@ -47,8 +47,11 @@ ORDER_FILE = "driver.json"  # for the job's driver; it holds the database's pass
 _WORKING = (CHECKPOINTS, SCRATCH, ORDER_FILE)
 
 
+OWNER_FILE = "database.id"  # in the root of all jobs' folders: of whose jobs they are
+
+
 class WrongDatabase(Exception):
-    """The database knows none of the jobs that there are files of."""
+    """The files are those of another database's jobs."""
 
 
 class Kind(StrEnum):
@@ -91,6 +94,43 @@ class _Entry:
     children: tuple["_Entry", ...] = ()
 
 
+def claim_root(settings: Settings, database: Database) -> None:
+    """Say in the root of all jobs' files which database they belong to, if nothing is said there yet.
+
+    Another database's is used all the same, since no two jobs have one id; but `gc` keeps its hands off.
+
+    Raises:
+        FilesUnavailable: If the root can't be read or written.
+    """
+    with database.read() as session:
+        own = FileRepository(session).database_id()
+    owner = _owner_of(settings)
+    if owner is None:
+        root = settings.jobs_dir
+        with reaching(root):
+            if isinstance(root, Path):
+                root.mkdir(mode=0o700, parents=True, exist_ok=True)
+            (root / OWNER_FILE).write_text(own)
+    elif owner != own:
+        logger.warning("%s", _of_another(settings))
+
+
+def _owner_of(settings: Settings) -> str | None:
+    try:
+        with reaching(settings.jobs_dir, FileNotFoundError):
+            return (settings.jobs_dir / OWNER_FILE).read_text().strip()
+    except FileNotFoundError:
+        return None
+
+
+def _of_another(settings: Settings) -> str:
+    return (
+        f"{settings.jobs_dir} belongs to another database, so `coterie gc` removes nothing there. Give each "
+        "database a place of its own (COTERIE_ARTIFACTS, COTERIE_DATABASE_URL, --data-dir); if the other one "
+        f"is gone for good, remove {OWNER_FILE} there."
+    )
+
+
 def drop_working_files(settings: Settings, job_id: str) -> None:
     """Remove what only a job that has not ended needs; what can't be removed is left to `gc`."""
     place = settings.artifacts_of(job_id)
@@ -113,7 +153,8 @@ def collect_garbage(settings: Settings, database: Database, *, dry_run: bool = F
     """Remove what nobody needs, one thing after another, and tell it; with `dry_run` only tell it.
 
     Raises:
-        WrongDatabase: If the database knows none of the jobs that there are files of; nothing is removed.
+        WrongDatabase: If the files are another database's, as their root says or since this one knows no
+            job of theirs; nothing is removed.
         OSError, FilesUnavailable: If the files can't be listed.
     """
     now = datetime.now(UTC)
@@ -122,7 +163,10 @@ def collect_garbage(settings: Settings, database: Database, *, dry_run: bool = F
     passing: list[tuple[str, int]] = []
     with database.read() as session:
         found = FileRepository(session)
-        if folders and not found.states([folder.name for folder in folders]):
+        owner = _owner_of(settings)
+        if owner is not None and owner != found.database_id():
+            raise WrongDatabase(_of_another(settings))
+        if owner is None and folders and not found.states([folder.name for folder in folders]):
             raise WrongDatabase(
                 f"None of the {len(folders)} jobs with files in {settings.jobs_dir} is in the database. Is "
                 "it the right one (COTERIE_DATABASE_URL, COTERIE_ARTIFACTS, --data-dir)? Nothing was removed."

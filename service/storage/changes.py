@@ -10,7 +10,7 @@ import anyio
 from anyio.to_thread import run_sync
 from sqlalchemy import Connection, Engine
 
-from coterie.service.storage.database import Database
+from coterie.service.storage.database import POSTGRES_OPTIONS, Database
 from coterie.service.storage.events import CHANNEL
 
 logger = logging.getLogger(__name__)
@@ -21,8 +21,6 @@ LAST_RETRY_SECONDS = 10.0
 # A notification may be lost unseen: behind a pooler that knows no LISTEN, or on a connection that is dead on
 # one side only.
 RECHECK_SECONDS = 5.0
-CONNECT_SECONDS = 10
-KEEPALIVE = {"keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 2}  # the first in seconds
 
 Report = Callable[[str | None], None]
 
@@ -60,7 +58,7 @@ async def _hear(engine: Engine, report: Report) -> None:
     import psycopg  # only where it is PostgreSQL
 
     positional, named = engine.dialect.create_connect_args(engine.url)
-    options: dict[str, Any] = {"connect_timeout": CONNECT_SECONDS, **KEEPALIVE, **named}
+    options: dict[str, Any] = {**POSTGRES_OPTIONS, **named}
     connection = await psycopg.AsyncConnection.connect(*positional, autocommit=True, **options)
     async with connection:
         await connection.execute(f"LISTEN {CHANNEL}")

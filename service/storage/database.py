@@ -30,7 +30,7 @@ _WRITES = "coterie_writes"
 _DAMAGED = ("SQLITE_NOTADB", "SQLITE_CORRUPT")
 _READ_ONLY = "25006"  # PostgreSQL's code for a write to a standby
 # Of libpq; what the URL says goes before. A network that swallows everything is noticed within half a minute.
-_POSTGRES: dict[str, str | int] = {
+POSTGRES_OPTIONS: dict[str, str | int] = {
     "application_name": "coterie",
     "connect_timeout": 10,  # s
     "keepalives_idle": 10,  # s
@@ -174,7 +174,7 @@ def _open(url: str) -> Engine:
 
 
 def _open_server(url: URL, settings: dict[str, Any]) -> Engine:
-    defaults = {name: value for name, value in _POSTGRES.items() if name not in url.query}
+    defaults = {name: value for name, value in POSTGRES_OPTIONS.items() if name not in url.query}
     try:
         return create_engine(url, pool_pre_ping=True, connect_args=defaults, **settings)
     except ImportError as error:

@@ -8,7 +8,7 @@ from sqlalchemy.orm import Session
 
 from coterie.search.store import JOB_ENDED, TrialState
 from coterie.service.storage.events import EventKind
-from coterie.service.storage.tables import DeliveryRow, EventRow, JobRow, TrialRow
+from coterie.service.storage.tables import DatabaseRow, DeliveryRow, EventRow, JobRow, TrialRow
 
 IDS_AT_A_TIME = 500  # far below what a statement may hold
 _PASSING = (EventKind.TRIAL, EventKind.MEASUREMENT)
@@ -23,6 +23,10 @@ class FileRepository:
 
     def __init__(self, session: Session) -> None:
         self._session = session
+
+    def database_id(self) -> str:
+        """What tells this database from others."""
+        return self._session.scalars(select(DatabaseRow.id)).one()
 
     def states(self, job_ids: Sequence[str]) -> dict[str, str]:
         """The states of these jobs by id; without those that do not exist."""

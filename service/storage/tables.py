@@ -326,6 +326,14 @@ class ConfirmationRow(Table):
     at: Mapped[datetime]
 
 
+class DatabaseRow(Table):
+    """One row: what tells this database, and what was copied from it, from others."""
+
+    __tablename__ = "database"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+
+
 class EventRow(Table):
     """Something that happened to a job. Its sequence has no gaps: writers hold the job's row."""
 

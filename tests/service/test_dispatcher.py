@@ -1,11 +1,13 @@
 """The dispatcher against a Ray that does as it is told: what it makes of silence, faults and cancels."""
 
+import errno
 import math
 import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -369,6 +371,28 @@ def test_a_head_that_lives_but_does_nothing_is_started_anew(
         assert (stage.ray.heads, list(stage.ray.jobs)) == (2, [f"{job}-{module.MOST_RAY_FAILURES + 1}"])
     finally:
         stage.dispatcher.stop()
+
+
+def test_a_full_disk_is_told_once_and_no_reason_to_start_ray_anew(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "coterie")
+    job, refused = stage.submit(), count()
+
+    def refuse() -> None:
+        if next(refused) < 2 * module.MOST_RAY_FAILURES:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    stage.ray.on_submit = refuse
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    stage.dispatcher.start()
+    try:
+        stage.wait_for(lambda: stage.dispatcher.ready()[0])
+    finally:
+        stage.dispatcher.stop()
+    assert (stage.ray.heads, list(stage.ray.jobs)) == (1, [f"{job}-{2 * module.MOST_RAY_FAILURES + 1}"])
+    assert caplog.text.count("Traceback") == 2  # the disk's error, and what is made of it
+    assert "the dispatcher does its work again" in caplog.text
 
 
 def test_a_driver_that_writes_is_left_alone_whatever_the_clocks_say(

@@ -18,7 +18,14 @@ from sqlalchemy import func, select, update
 
 from coterie.search.store import Ending, FolderArtifacts, FrontUpdate, JobState, StoredFile, TrialState
 from coterie.service import files
-from coterie.service.files import ORPHAN_SECONDS, Kind, Removed, WrongDatabase, collect_garbage
+from coterie.service.files import (
+    ORPHAN_SECONDS,
+    Kind,
+    Removed,
+    WrongDatabase,
+    claim_root,
+    collect_garbage,
+)
 from coterie.service.storage.files import FileRepository
 from coterie.service.storage.store import SqlTrialStore
 from coterie.service.storage.tables import DeliveryRow, EventRow, JobRow, TrialRow
@@ -206,6 +213,22 @@ def test_files_of_another_database_are_not_taken_for_orphans(server: Server) -> 
     with pytest.raises(WrongDatabase, match="None of the 1 jobs with files"):
         list(collect_garbage(server.settings, server.database))
     assert folder.exists()
+
+
+def test_a_root_says_whose_it_is_and_another_database_removes_nothing_there(
+    server: Server, tmp_path: Path
+) -> None:
+    claim_root(server.settings, server.database)
+    claim_root(server.settings, server.database)
+    job_id, _ = run_job(server)
+    write(server.settings.artifacts_of("job_gone") / "worker.log")
+    age(server.settings.jobs_dir)
+    with open_server(tmp_path / "other", artifacts=str(server.settings.jobs_dir)) as other:
+        claim_root(other.settings, other.database)
+        with pytest.raises(WrongDatabase, match=r"another database, .* remove database\.id"):
+            list(collect_garbage(other.settings, other.database))
+    assert "job_gone" in [removed.name for removed in collect(server)]
+    assert job_id in tree(server.settings.jobs_dir)
 
 
 def call_around(

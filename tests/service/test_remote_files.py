@@ -21,7 +21,15 @@ from coterie.search.store import (
 from coterie.service import files, job_log
 from coterie.service.config import Settings
 from coterie.service.dispatcher import _write_private
-from coterie.service.files import ORPHAN_SECONDS, Kind, Removed, WrongDatabase, collect_garbage
+from coterie.service.files import (
+    ORPHAN_SECONDS,
+    OWNER_FILE,
+    Kind,
+    Removed,
+    WrongDatabase,
+    claim_root,
+    collect_garbage,
+)
 from coterie.service.job_log import kept_log
 from tests.service.conftest import Problem, Server, open_server, trial
 from tests.service.live import LEFT, RIGHT, _write_network
@@ -219,6 +227,12 @@ def test_files_of_another_database_are_not_taken_for_orphans(server: Server) -> 
     assert list(collect_garbage(server.settings, server.database)) == []
     (server.settings.artifacts_of("job_of_another") / "driver.json").write_text("{}")
     with pytest.raises(WrongDatabase):
+        list(collect_garbage(server.settings, server.database))
+    claim_root(server.settings, server.database)
+    assert list(collect_garbage(server.settings, server.database, dry_run=True)) == []
+    owner = server.settings.jobs_dir / OWNER_FILE
+    owner.write_text(f"{owner.read_text()}_2")
+    with pytest.raises(WrongDatabase, match="another database"):
         list(collect_garbage(server.settings, server.database))
 
 

@@ -466,7 +466,7 @@ def test_a_write_that_waits_too_long_for_another_is_unavailable(
     every_database: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(database_module, "BUSY_TIMEOUT_SECONDS", 0.1)
-    monkeypatch.setitem(database_module._POSTGRES, "options", "-c statement_timeout=100")
+    monkeypatch.setitem(database_module.POSTGRES_OPTIONS, "options", "-c statement_timeout=100")
     hasty = Database(every_database.engine.url.render_as_string(hide_password=False))
 
     def write() -> None:

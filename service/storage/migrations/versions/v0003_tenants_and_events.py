@@ -3,6 +3,7 @@
 SQLite deletes a table's dependants when it is rebuilt, so those of the reference networks are put aside.
 """
 
+import uuid
 from typing import Any
 
 import sqlalchemy as sa
@@ -43,6 +44,12 @@ def _create_tables() -> None:
     )
     op.create_index(op.f("ix_audit_tenant_action_position"), "audit", ["tenant", "action", "position"])
     op.create_index(op.f("ix_audit_tenant_position"), "audit", ["tenant", "position"])
+    identity = op.create_table(
+        "database",
+        sa.Column("id", sa.String(length=64), nullable=False),
+        sa.PrimaryKeyConstraint("id", name=op.f("pk_database")),
+    )
+    op.bulk_insert(identity, [{"id": f"database_{uuid.uuid4().hex}"}])
     op.create_table(
         "tenant_usage",
         sa.Column("tenant", sa.String(length=100), nullable=False),
