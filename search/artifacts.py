@@ -2,11 +2,12 @@
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from socket import gethostname
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -26,6 +27,9 @@ Location: TypeAlias = "Path | UPath"  # a folder of this machine or one that all
 
 logger = logging.getLogger(__name__)
 
+# fsspec's names of what is a folder, or can't be written.
+_NO_STORES = frozenset({"file", "local", "http", "https", "data"})
+
 
 def location_of(text: str) -> Location:
     """A folder by its path, or a place by its URL, as fsspec takes it.
@@ -34,13 +38,21 @@ def location_of(text: str) -> Location:
         ValueError: If there is no such kind of place.
         ImportError: If what reads that kind of place is not installed.
     """
-    if "://" not in text:
+    protocol, found, _ = text.partition("://")
+    if not found:
         return Path(text)
+    if protocol in _NO_STORES:
+        raise ValueError(f"nothing is kept at {protocol}://; a folder is given by its path")
     from upath import UPath  # of an extra, as what it reads is
 
     # What other processes write is to be seen at once.
     location = UPath(text, use_listings_cache=False)
-    location.fs  # noqa: B018 - what it needs is imported here
+    try:
+        location.fs  # noqa: B018 - what it needs is imported here
+    except ImportError:
+        raise
+    except Exception as error:  # each kind of place has errors of its own
+        raise ValueError(f"{protocol}:// can't be used: {error}") from error
     return location
 
 
@@ -50,10 +62,11 @@ def artifacts_at(location: Location) -> ArtifactStore:
 
 
 @contextmanager
-def local_copy(location: Location) -> Iterator[Path]:
+def local_copy(location: Location, names: Collection[str] = ()) -> Iterator[Path]:
     """A folder of this machine with the files of a place, which has no folders in it, while the block lasts.
 
-    A folder is given as it is; what is written to the copy of another place is lost.
+    A folder is given as it is; what is written to the copy of another place is lost. With `names` only files
+    of these names are needed.
 
     Raises:
         FilesUnavailable: If the place can't be reached.
@@ -61,10 +74,26 @@ def local_copy(location: Location) -> Iterator[Path]:
     if isinstance(location, Path):
         yield location
         return
-    with TemporaryDirectory(prefix="coterie-") as folder:
+    with temporary_folder() as folder:
         for file in list_files(location):
-            with reaching(location):
-                location.fs.get_file(file.location.path, f"{folder}/{file.location.name}")
+            if not names or file.location.name in names:
+                with reaching(location):
+                    location.fs.get_file(file.location.path, str(folder / file.location.name))
+        yield folder
+
+
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder of this machine while the block lasts.
+
+    Raises:
+        FilesUnavailable: If there can be none, as on a full disk.
+    """
+    try:
+        made = TemporaryDirectory(prefix="coterie-")
+    except OSError as error:  # with no word of a full disk: "No usable temporary directory"
+        raise FilesUnavailable(f"{gethostname()} has no place for temporary files: {error}") from error
+    with made as folder:
         yield Path(folder)
 
 
@@ -142,8 +171,8 @@ class RemoteArtifacts:
 
     @contextmanager
     def workspace(self) -> Iterator[Path]:  # noqa: D102
-        with TemporaryDirectory(prefix="coterie-") as folder:
-            yield Path(folder)
+        with temporary_folder() as folder:
+            yield folder
 
     def drop_working_files(self) -> None:  # noqa: D102
         self._drop(self.root / CHECKPOINTS)
@@ -153,9 +182,9 @@ class RemoteArtifacts:
 
     @contextmanager
     def _put_into(self, target: "UPath") -> Iterator[Path]:
-        with TemporaryDirectory(prefix="coterie-") as folder:
-            yield Path(folder)
-            for file in sorted(Path(folder).iterdir()):
+        with temporary_folder() as folder:
+            yield folder
+            for file in sorted(folder.iterdir()):
                 put_file(file, target / file.name)
 
     def _drop(self, location: "UPath") -> None:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from typing import Self, TypeVar
 
-from coterie.search.store import Fenced, StoreUnavailable, TrialStore
+from coterie.search.store import Fenced, FilesUnavailable, StoreUnavailable, TrialStore
 
 logger = logging.getLogger(__name__)
 
@@ -99,17 +99,17 @@ class Recorder:
 
 
 def patiently(action: Callable[[], T], stop: threading.Event | None = None) -> T:
-    """What `action` gives, tried again for as long as the store is away.
+    """What `action` gives, tried again for as long as the store is away, or files can't be reached.
 
     Raises:
-        StoreUnavailable: If it was still away when `stop` was set.
+        StoreUnavailable, FilesUnavailable: If it was still away when `stop` was set.
     """
     stop, wait = stop or threading.Event(), FIRST_RETRY_SECONDS
     began, next_word = time.monotonic(), 0.0
     while True:
         try:
             found = action()
-        except StoreUnavailable as error:
+        except (StoreUnavailable, FilesUnavailable) as error:
             away = time.monotonic() - began
             if away >= next_word:  # twice as rarely each time: it may take days
                 logger.warning("the store is away, for %.0f s so far: %s", away, error)

@@ -36,7 +36,9 @@ def _location(text: str) -> str:
     except ImportError as error:
         raise ValueError(f"artifacts: {error}; for S3 run `pip install 'coterie[s3]'`") from error
     except ValueError as error:
-        raise ValueError(f"artifacts: must be a folder or a URL that fsspec knows, found {text}") from error
+        raise ValueError(
+            f"artifacts: must be a folder by its path, or a URL that fsspec writes to, found {text}"
+        ) from error
     return text.rstrip("/")
 
 
@@ -129,7 +131,9 @@ class Settings(BaseSettings):
         description="Device-seconds that one tenant may use in a calendar month, UTC; default without limit.",
     )
     tenant_max_stored_bytes: int | None = Field(
-        default=None, ge=0, description="Bytes that the files of one tenant may take; default without limit."
+        default=None,
+        ge=0,
+        description="Bytes that weights and architectures of one tenant may take; default without limit.",
     )
 
     webhook_allow_private: bool = Field(

@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Literal
 
 from coterie.search.artifacts import Location, local_copy, put_file, reaching
+from coterie.search.disk import full_disk_told
 from coterie.search.store import DiskFull
 
 Form = Literal["onnx", "pt2"]
 
 _FULL = tuple(f"[Errno {number}]" for number in (errno.ENOSPC, errno.EDQUOT))
+_NEEDED = ("architecture.json", "weights.safetensors")
 FAULTY = 2  # exit status of `coterie.models.convert`: the files are at fault
 WAIT_SECONDS = 30.0
 CONVERSION_SECONDS = 600.0  # a large network of many branches takes a minute; beyond this something hangs
@@ -67,7 +69,7 @@ def convert(folder: Location, form: Form) -> Location:
             raise ConversionBusy(_BUSY)
         try:
             if not _exists(file):
-                with local_copy(folder) as local:
+                with full_disk_told(), local_copy(folder, _NEEDED) as local:
                     _run(local, form, local / file.name)
                     if not isinstance(file, Path):
                         put_file(local / file.name, file)

@@ -29,7 +29,7 @@ from coterie.search.store import CHECKPOINTS, JOB_ENDED, SCRATCH, TRIALS, FilesU
 from coterie.service.access import operator
 from coterie.service.config import JOB_ID, Settings
 from coterie.service.storage.audit import audit
-from coterie.service.storage.database import Database
+from coterie.service.storage.database import Database, DatabaseUnavailable
 from coterie.service.storage.files import FileRepository
 from coterie.service.storage.repositories import JobRepository, NotFound
 
@@ -118,7 +118,7 @@ def claim_root(settings: Settings, database: Database) -> None:
 def _owner_of(settings: Settings) -> str | None:
     try:
         with reaching(settings.jobs_dir, FileNotFoundError):
-            return (settings.jobs_dir / OWNER_FILE).read_text().strip()
+            return (settings.jobs_dir / OWNER_FILE).read_text().strip() or None
     except FileNotFoundError:
         return None
 
@@ -212,6 +212,8 @@ def _remove_job(settings: Settings, database: Database, tenant: str, job_id: str
             )
     except NotFound:
         return replace(removed, problem="somebody else deletes it just now")
+    except DatabaseUnavailable as error:
+        return replace(removed, problem=str(error))
     return _try_to_remove(removed, folder)
 
 

@@ -9,9 +9,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from coterie.search.artifacts import Location, list_files, put_file, reaching
+from coterie.search.artifacts import Location, list_files, put_file, reaching, temporary_folder
 from coterie.search.store import FilesUnavailable
 
 TAIL_BYTES = 1_000_000  # of a log are read at the most
@@ -26,8 +25,8 @@ def kept_log(log: Location, attempt: int) -> Iterator[Path]:
     if isinstance(log, Path):
         yield log
         return
-    with TemporaryDirectory(prefix="coterie-") as folder:
-        file, part, ended = Path(folder) / log.name, log / f"{attempt:06}", threading.Event()
+    with temporary_folder() as folder:
+        file, part, ended = folder / log.name, log / f"{attempt:06}", threading.Event()
         file.touch()
 
         def keep() -> None:

@@ -5,13 +5,13 @@ import logging
 import os
 import signal
 import sys
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import ray
 
-from coterie.search.artifacts import artifacts_at, location_of
+from coterie.search.artifacts import Location, artifacts_at, location_of, reaching
 from coterie.search.faults import SpecError
 from coterie.search.plan import make_plan
 from coterie.search.recorder import Recorder, patiently
@@ -83,6 +83,12 @@ def _give_back(database: Database, job_id: str, attempt: int, reason: str) -> No
         JobRepository(session).requeue(job_id, attempt, reason, datetime.now(UTC), preempted=True)
 
 
+def _read_order(file: Location) -> Settings:
+    with reaching(file, FileNotFoundError):
+        text = file.read_text()
+    return Settings.model_validate(json.loads(text))
+
+
 def _log_file(path: Path) -> list[logging.Handler]:
     """The job's log, if it can be had."""
     with suppress(OSError):
@@ -94,8 +100,12 @@ def main() -> None:
     """Read the arguments and drive."""
     job_id, attempt, settings_file = sys.argv[1:]
     logging.raiseExceptions = False  # a log that can't be written, on a full disk, is no reason to say more
-    settings = Settings.model_validate(json.loads(location_of(settings_file).read_text()))
-    with kept_log(settings.log_of(job_id), int(attempt)) as log:
+    settings = patiently(lambda: _read_order(location_of(settings_file)))
+    with ExitStack() as stack:
+        try:
+            log = stack.enter_context(kept_log(settings.log_of(job_id), int(attempt)))
+        except (OSError, FilesUnavailable):  # Ray's own log of the job has it then
+            log = Path(os.devnull)
         logging.basicConfig(
             level=logging.INFO,
             format="%(asctime)s %(levelname)s %(name)s: %(message)s",

@@ -111,6 +111,12 @@ def append_in_order(session: Session, table: str) -> None:
         session.execute(text(f"LOCK TABLE {table} IN SHARE ROW EXCLUSIVE MODE"))
 
 
+def take_long(session: Session) -> None:
+    """Let the statements of this transaction take as long as they need."""
+    if session.connection().dialect.name != "sqlite":
+        session.execute(text("SET LOCAL statement_timeout = 0"))
+
+
 @contextmanager
 def _translated() -> Iterator[None]:
     try:

@@ -7,6 +7,7 @@ from sqlalchemy import delete, exists, func, select
 from sqlalchemy.orm import Session
 
 from coterie.search.store import JOB_ENDED, TrialState
+from coterie.service.storage.database import take_long
 from coterie.service.storage.events import EventKind
 from coterie.service.storage.tables import DatabaseRow, DeliveryRow, EventRow, JobRow, TrialRow
 
@@ -78,4 +79,5 @@ class FileRepository:
         What the job itself went through stays, and with it its end, which is its newest event: so who reads
         on after any event, one that is gone included, comes to the end.
         """
+        take_long(self._session)
         self._session.execute(delete(EventRow).where(EventRow.job_id == job_id, EventRow.kind.in_(_PASSING)))

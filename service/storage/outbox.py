@@ -109,6 +109,18 @@ class OutboxRepository:
             .values(state=state, delivered_at=now if state == DeliveryState.DELIVERED else None, **outcome)
         )
 
+    def leave_alone(self, webhook_id: str, until: datetime) -> None:
+        """Make nothing that waits for this webhook before `until`."""
+        self._session.execute(
+            update(DeliveryRow)
+            .where(
+                DeliveryRow.webhook_id == webhook_id,
+                DeliveryRow.state == DeliveryState.PENDING,
+                DeliveryRow.due_at < until,
+            )
+            .values(due_at=until)
+        )
+
     def disable(self, webhook_id: str, reason: str, now: datetime) -> None:
         """Tell a webhook nothing more: what was on its way to it is dead."""
         self._session.execute(update(WebhookRow).where(WebhookRow.id == webhook_id).values(disabled_at=now))

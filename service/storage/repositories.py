@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from coterie.search.spec import JobSpec, TaskChoice
 from coterie.search.store import JOB_ENDED, JobState, Setting, TrialState
 from coterie.service.storage import shown
+from coterie.service.storage.database import take_long
 from coterie.service.storage.queue import Hold, Place, lock_queue, read_places, read_queue
 from coterie.service.storage.shown import ShownRow
 from coterie.service.storage.states import end_job, release_job, tell_job
@@ -31,9 +32,8 @@ from coterie.service.storage.tables import (
     SubsetRow,
     TrialRow,
 )
-from coterie.service.storage.tenants import Limits
+from coterie.service.storage.tenants import NO_LIMITS, Limits
 
-NO_LIMITS = Limits()
 Found = TypeVar("Found")
 _JOBS = JobRow.metadata.tables[JobRow.__tablename__]
 
@@ -290,6 +290,7 @@ class JobRepository:
         row = self._locked(job_id)
         if row.state not in JOB_ENDED:
             raise Conflict(f"job {job_id} is {row.state}: only a job that has ended can be deleted")
+        take_long(self._session)  # a large job has millions of rows
         self._session.execute(delete(JobRow).where(JobRow.position == row.position))
         return row
 

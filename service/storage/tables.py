@@ -427,6 +427,7 @@ class DeliveryRow(Table):
     __table_args__ = (
         Index(None, "state", "due_at"),
         Index(None, "webhook_id", "position"),
+        Index(None, "job_id"),
         UniqueConstraint("webhook_id", "job_id", "sequence"),
         {"sqlite_autoincrement": True},
     )

@@ -183,9 +183,10 @@ _POINTS = (
     .where(_OF_JOB, _TRIALS.c.number.in_(bindparam("numbers", expanding=True)))
     .order_by(_TRIALS.c.number)
 )
+_AFTER = bindparam("after", type_=BigInteger)  # a cursor's, which may be more than the column holds
 _PAGE_OF_MEASUREMENTS = (
     select(*shown.MEASUREMENT)
-    .where(_MEASUREMENTS.c.trial_id == bindparam("trial_id"), _MEASUREMENTS.c.epoch > bindparam("after"))
+    .where(_MEASUREMENTS.c.trial_id == bindparam("trial_id"), _MEASUREMENTS.c.epoch > _AFTER)
     .order_by(_MEASUREMENTS.c.epoch)
     .limit(bindparam("limit"))
 )
@@ -193,7 +194,7 @@ _PAGE_OF_HISTORY = (
     select(*shown.FRONT_STEP)
     .select_from(_HISTORY)
     .join(_TRIALS, _TRIALS.c.id == _HISTORY.c.trial_id)
-    .where(_HISTORY.c.job_id == bindparam("job_id"), _HISTORY.c.sequence > bindparam("after"))
+    .where(_HISTORY.c.job_id == bindparam("job_id"), _HISTORY.c.sequence > _AFTER)
     .order_by(_HISTORY.c.sequence)
     .limit(bindparam("limit"))
 )

@@ -8,11 +8,13 @@ from datetime import datetime
 from sqlalchemy import Row, Select, func, select
 from sqlalchemy.orm import Session
 
+from coterie.service.storage.database import append_in_order
 from coterie.service.storage.outbox import DeliveryState
 from coterie.service.storage.repositories import Conflict, NotFound
 from coterie.service.storage.tables import DeliveryRow, EventRow, WebhookRow
 
-MOST_WEBHOOKS = 20  # of a tenant: each costs a row for every event
+# Of a tenant. Each costs a row for every event, and one of a server's attempts while its receiver hangs.
+MOST_WEBHOOKS = 8
 SECRET_BYTES = 32  # Standard Webhooks takes 24 to 64
 
 
@@ -29,6 +31,7 @@ class WebhookRepository:
         Raises:
             Conflict: If the tenant has `MOST_WEBHOOKS`.
         """
+        append_in_order(self._session, WebhookRow.__tablename__)  # or two at once might both find room
         own = select(func.count()).select_from(WebhookRow).where(WebhookRow.tenant == self._tenant)
         if (self._session.scalar(own) or 0) >= MOST_WEBHOOKS:
             raise Conflict(f"there are {MOST_WEBHOOKS} webhooks, the most there can be: delete one first")

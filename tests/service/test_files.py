@@ -4,12 +4,14 @@ import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from pydantic import ValidationError
 from sqlalchemy import text
 
+from coterie.search.artifacts import Location
 from coterie.search.store import (
     Ending,
     FolderArtifacts,
@@ -19,6 +21,7 @@ from coterie.search.store import (
     StoredFile,
     TrialState,
 )
+from coterie.service import trials
 from coterie.service.config import Settings
 from coterie.service.storage.tables import Table
 from tests.service.conftest import Problem, Server, complete, confirm, on_front, open_server, trial
@@ -123,10 +126,32 @@ def test_several_parts_of_a_file(live: LiveServer, what: str) -> None:
 
 
 @every_file
-def test_a_part_beyond_the_end_is_refused_with_the_size(live: LiveServer, what: str) -> None:
+def test_a_part_beyond_the_end_is_refused_with_the_size(
+    live: LiveServer, problem: Problem, what: str
+) -> None:
     answer = ask(live, what, Range="bytes=9999999-")
-    assert answer.status_code == 416
+    problem(answer, 416)
     assert answer.headers["content-range"] == f"bytes */{len(FILES[what][1])}"
+
+
+@every_file
+@pytest.mark.parametrize("ranges", ["bytes=abc", "bytes=5-2", "lines=1-2", "5-6"])
+def test_what_is_no_part_counts_for_nothing(live: LiveServer, what: str, ranges: str) -> None:
+    answer = ask(live, what, Range=ranges)
+    assert (answer.status_code, answer.content) == (200, FILES[what][1])
+
+
+def test_a_file_that_is_deleted_while_it_is_asked_for_is_not_found(
+    live: LiveServer, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_file = trials.find_file
+
+    def find_and_delete(*arguments: Any) -> tuple[Location, StoredFile]:
+        file, stored = find_file(*arguments)
+        return file.with_name("deleted"), stored
+
+    monkeypatch.setattr(trials, "find_file", find_and_delete)
+    problem(ask(live, "model"), 404)
 
 
 @every_file

@@ -126,6 +126,7 @@ def _create_tables() -> None:
         ),
         sqlite_autoincrement=True,
     )
+    op.create_index(op.f("ix_deliveries_job_id"), "deliveries", ["job_id"])
     op.create_index(op.f("ix_deliveries_state_due_at"), "deliveries", ["state", "due_at"])
     op.create_index(op.f("ix_deliveries_webhook_id_position"), "deliveries", ["webhook_id", "position"])
     op.create_table(
