@@ -1,7 +1,7 @@
 """Tokens, tenants and the log of changes: what an admin does, and at a terminal the operator."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 
 from coterie.search.faults import Fault, SpecError
@@ -65,7 +65,10 @@ def create_token(
     now = datetime.now(UTC)
     if expires_at is not None and expires_at <= now:
         raise SpecError([Fault("/expires_at", "must be in the future")])
-    until = None if expires_at is None else expires_at.astimezone(UTC)
+    try:
+        until = None if expires_at is None else expires_at.astimezone(UTC)
+    except OverflowError:
+        raise SpecError([Fault("/expires_at", "must be before the year 9999 ends, in UTC")]) from None
     with database.write() as session:
         row, token = TokenRepository(session).create(caller.tenant, role, name, until, now)
         audit(session, caller, "token.create", row.id, role=role, name=name)
@@ -131,6 +134,12 @@ def set_limits(database: Database, tenant: str, given: Mapping[str, str]) -> Non
     with database.write() as session:
         TenantRepository(session).set_limits(tenant, limits, datetime.now(UTC))
         audit(session, operator(tenant), "tenant.set", tenant, **limits)
+
+
+def tenant_names(database: Database) -> Sequence[str]:
+    """All tenants that have limits, tokens or jobs, by name."""
+    with database.read() as session:
+        return TenantRepository(session).names()
 
 
 def show_tenant(database: Database, name: str, defaults: Limits) -> schemas.Tenant:

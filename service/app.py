@@ -104,7 +104,7 @@ def _lifespan(
         database = await run_sync(_open_database, settings)
         try:
             dispatcher = given if given is not None else await run_sync(_ray_dispatcher, settings, database)
-            hub = Hub(database)
+            hub = Hub(database, most_streams=settings.max_connections // 2)
             app.state.gate = Gate(database, settings.requests_per_second)
             app.state.context = Context(settings, database, dispatcher, hub)
             await run_sync(dispatcher.start)

@@ -12,6 +12,7 @@ LIMIT_DEPTH = 64
 LIMIT_ITEMS = 1000  # of any list or object; no schema of ours allows more
 LIMIT_FAULTS = 50
 LIMIT_POINTER = 200
+_STORABLE = "of whole characters, and none of them NUL"
 Model = TypeVar("Model", bound=BaseModel)
 _DIGITS = 300  # an integer of more is read as a float: below it, each fits one
 _WORDS = {  # where pydantic speaks of Python
@@ -82,9 +83,11 @@ def _parse_int(digits: str) -> int | float:
 
 
 def _collect_faults(value: object, pointer: str, depth: int, faults: list[Fault]) -> None:
+    if len(faults) >= LIMIT_FAULTS:
+        return  # a body can hold hundreds of thousands, each with a long pointer
     if isinstance(value, str):
-        if not _encodable(value):
-            faults.append(Fault(pointer, "text must be whole characters: it holds a lone surrogate"))
+        if not _storable(value):
+            faults.append(Fault(pointer, f"text must be {_STORABLE}"))
     elif isinstance(value, float):
         if not math.isfinite(value):
             faults.append(Fault(pointer, "number must be finite, and below 1.8e308"))
@@ -95,10 +98,8 @@ def _collect_faults(value: object, pointer: str, depth: int, faults: list[Fault]
             faults.append(Fault(pointer, f"must hold at most {LIMIT_ITEMS:,} items, not {len(value):,}"))
             return
         for key, item in value.items() if isinstance(value, dict) else enumerate(value):
-            if isinstance(key, str) and not _encodable(key):
-                faults.append(
-                    Fault(pointer, "field names must be whole characters: one holds a lone surrogate")
-                )
+            if isinstance(key, str) and not _storable(key):
+                faults.append(Fault(pointer, f"field names must be {_STORABLE}"))
             else:
                 _collect_faults(item, f"{pointer}/{_token(key)}", depth + 1, faults)
 
@@ -107,12 +108,13 @@ def _too_deep() -> MalformedBody:
     return MalformedBody(f"the body must not be nested deeper than {LIMIT_DEPTH} levels")
 
 
-def _encodable(text: str) -> bool:
+def _storable(text: str) -> bool:
+    """Whether every database holds it, and can look for it: PostgreSQL knows no NUL."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text
 
 
 def _pointer(document: object, location: tuple[str | int, ...], *, missing: bool) -> str:

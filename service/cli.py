@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -176,10 +176,8 @@ def jobs(
         found = list(client.jobs(state=state, name=name, limit=limit))
     if as_json:
         _print_json([job.document for job in found])
-    elif found:
+    elif _any(found, "jobs"):
         console.show_jobs(console.make_console(), found, datetime.now(UTC))
-    else:
-        typer.echo("No jobs.", err=True)
 
 
 @app.command()
@@ -402,14 +400,15 @@ def gc(
 ) -> None:
     """Remove files and old jobs that nobody needs, whether or not a server runs.
 
-    Settings say how long jobs (COTERIE_RETENTION_DAYS) and the events of their trials
-    (COTERIE_EVENT_RETENTION_DAYS) are kept; by default for ever.
+    COTERIE_RETENTION_DAYS says how long jobs are kept, COTERIE_EVENT_RETENTION_DAYS how long the events of
+    their trials; by default for ever.
     """
     from coterie.search.store import FilesUnavailable
     from coterie.service import files
 
     settings = _settings(data_dir=data_dir)
     found: list[files.Removed] = []
+    fault = None
     with _opened(settings) as database:
         try:
             for removed in files.collect_garbage(settings, database, dry_run=dry_run):
@@ -417,7 +416,7 @@ def gc(
                 if not as_json:
                     typer.echo(console.removed_line(removed))
         except (files.WrongDatabase, FilesUnavailable, OSError) as error:
-            _fail(str(error))
+            fault = str(error)
     if as_json:
         _print_json({"dry_run": dry_run, "removed": [asdict(removed) for removed in found]})
     else:
@@ -425,6 +424,8 @@ def gc(
         typer.echo(console.removed_total(done), err=True)
         if dry_run:
             typer.echo("This was a dry run: nothing was removed.", err=True)
+    if fault is not None:
+        _fail(fault)
     if any(removed.problem for removed in found):
         raise SystemExit(JOB_FAILED)
 
@@ -441,7 +442,7 @@ def audit(
         found = list(client.changes(action=action, limit=limit))
     if as_json:
         _print_json(found)
-    else:
+    elif _any(found, "changes"):
         console.show_changes(console.make_console(), found)
 
 
@@ -472,7 +473,7 @@ def list_webhooks(as_json: AsJson = False, server: Server = DEFAULT_URL) -> None
         found = client.webhooks()
     if as_json:
         _print_json(found)
-    else:
+    elif _any(found, "webhooks"):
         console.show_webhooks(console.make_console(), found)
 
 
@@ -499,7 +500,7 @@ def list_deliveries(
         found = client.deliveries(webhook, state=state, limit=limit)
     if as_json:
         _print_json(found)
-    else:
+    elif _any(found, "deliveries"):
         console.show_deliveries(console.make_console(), found)
 
 
@@ -569,7 +570,7 @@ def list_tokens(
         found = [token.model_dump(mode="json") for token in access.all_tokens(database, tenant)]
     if as_json:
         _print_json(found)
-    else:
+    elif _any(found, "access tokens"):
         console.show_tokens(console.make_console(), found, datetime.now(UTC))
 
 
@@ -599,7 +600,8 @@ def set_tenant(
         str | None, typer.Option(metavar="SECONDS", help="In a calendar month (UTC); none takes it back.")
     ] = None,
     max_stored_bytes: Annotated[
-        str | None, typer.Option(metavar="BYTES", help="Files of its trials; none takes it back.")
+        str | None,
+        typer.Option(metavar="BYTES", help="Weights and architectures of its trials; none takes it back."),
     ] = None,
     data_dir: DataDir = None,
 ) -> None:
@@ -638,7 +640,7 @@ def list_tenants(as_json: AsJson = False, data_dir: DataDir = None) -> None:
         found = [tenant.model_dump() for tenant in access.list_tenants(database, settings.tenant_limits)]
     if as_json:
         _print_json(found)
-    else:
+    elif _any(found, "tenants"):
         console.show_tenants(console.make_console(), found)
 
 
@@ -653,6 +655,8 @@ def show_tenant(
 
     settings = _settings(data_dir=data_dir)
     with _opened(settings) as database:
+        if name not in access.tenant_names(database):
+            typer.echo(f"Nobody has used the name {name} yet.", err=True)
         found = access.show_tenant(database, name, settings.tenant_limits).model_dump()
     if as_json:
         _print_json(found)
@@ -670,6 +674,13 @@ def _opened(settings: "Settings") -> "Iterator[Database]":
             yield database
     except serving.CannotServe as error:
         _fail(str(error))
+
+
+def _any(found: Sequence[object], what: str) -> bool:
+    """Whether there is something to show; says so where there is not."""
+    if not found:
+        typer.echo(f"No {what}.", err=True)
+    return bool(found)
 
 
 def _connect(server: str) -> Client:

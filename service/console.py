@@ -81,7 +81,8 @@ def show_tokens(console: Console, tokens: Iterable[Document], now: datetime) -> 
             state = "revoked"
         else:
             state = "expired" if expires and datetime.fromisoformat(expires) <= now else "good"
-        row = (token["id"], token["tenant"], token["role"], state, expires or "never", token["name"])
+        until = "never" if expires is None else _time(expires)
+        row = (token["id"], token["tenant"], token["role"], state, until, token["name"])
         table.add_row(*map(Text, row))
     _show(console, table, cut_last=True)
 
@@ -106,7 +107,8 @@ def show_changes(console: Console, changes: Iterable[Document]) -> None:
     table = _table(("at", "by", "action", "target", "detail"))
     for change in changes:
         detail = ", ".join(f"{name} {value}" for name, value in change["detail"].items())
-        row = (change["at"], change["token_id"] or UNKNOWN, change["action"], change["target"], detail)
+        by = change["token_id"] or UNKNOWN
+        row = (_time(change["at"]), by, change["action"], change["target"], detail)
         table.add_row(*map(Text, row))
     _show(console, table, cut_last=True)
 
@@ -122,12 +124,9 @@ def show_webhooks(console: Console, webhooks: Iterable[Document]) -> None:
 
 def show_deliveries(console: Console, deliveries: Iterable[Document]) -> None:
     """A line a delivery."""
-    table = _table(
-        ("delivery", "state", "attempts", "due", "job", "sequence", "kind", "error"), ("attempts", "sequence")
-    )
+    table = _table(("delivery", "state", "attempts", "error"), right=("attempts",))
     for delivery in deliveries:
-        row = [delivery[name] for name in ("id", "state", "attempts", "due_at", "job_id", "sequence", "kind")]
-        cells = [UNKNOWN if value is None else str(value) for value in (*row, delivery["last_error"])]
+        cells = (delivery["id"], delivery["state"], str(delivery["attempts"]), delivery["last_error"] or "")
         table.add_row(*map(Text, cells))
     _show(console, table, cut_last=True)
 
@@ -137,10 +136,15 @@ def event_line(event: Document) -> str:
     pairs = (
         f"{name} {_figures(value) if isinstance(value, dict) else _parameter(value)}"
         for name, value in event["data"].items()
-        if value is not None
+        if value is not None and value != {}
     )
-    line = f"{event['sequence']:>6}  {event['at'][:19]}  {event['kind']:<11}  {', '.join(pairs)}"
+    line = f"{event['sequence']:>6}  {_time(event['at'])}  {event['kind']:<11}  {', '.join(pairs)}"
     return "".join(character if character.isprintable() else " " for character in line)
+
+
+def _time(at: str) -> str:
+    """A time as JSON has it, in UTC, to the second."""
+    return at[:19]
 
 
 def removed_line(removed: "Removed") -> str:

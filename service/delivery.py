@@ -43,6 +43,8 @@ CLAIM_SECONDS = 60.0  # after which another server takes what a dead one was sen
 MOST_UNDER_WAY = 16  # of a server at a time, each to another webhook: a slow one holds up only itself
 # Before the second attempt and each later one: 11 attempts in about a day.
 RETRY_SECONDS = (5, 30, 120, 600, 1800, 3600, 7200, 14_400, 28_800, 28_800)
+# So long a webhook whose receiver failed is told nothing else: what waits for it must not take all places.
+LEFT_ALONE_SECONDS = 60.0
 JITTER = 0.2  # of it, more or less: what failed together need not come back together
 KEPT = timedelta(days=30)  # what became of a delivery
 FORGET_SECONDS = 3600.0
@@ -156,6 +158,8 @@ class Deliverer:
             state, due_at = DeliveryState.PENDING, now + timedelta(seconds=pause)
         with self._database.write() as session:
             outbox = OutboxRepository(session)
+            if state is not DeliveryState.DELIVERED:
+                outbox.leave_alone(due.webhook_id, now + timedelta(seconds=LEFT_ALONE_SECONDS))
             outbox.settle(due, state, now, due_at=due_at, last_status=status, last_error=error)
             if status == GONE:
                 outbox.disable(due.webhook_id, "the receiver answered 410 to another delivery", now)

@@ -25,7 +25,7 @@ from typing import Any
 
 from coterie.search.artifacts import Location, reaching
 from coterie.search.disk import full_disk_told
-from coterie.search.store import JOB_ENDED, FilesUnavailable, StoreUnavailable
+from coterie.search.store import JOB_ENDED, DiskFull, FilesUnavailable, StoreUnavailable
 from coterie.service.config import Settings
 from coterie.service.files import ORDER_FILE, claim_root, drop_working_files, remove_job_files
 from coterie.service.liveness import Listener
@@ -136,7 +136,7 @@ class Dispatcher:
                     if told is not type(error):  # once, however long it lasts; readiness goes on telling it
                         logger.exception("the dispatcher can't do its work, and tries until it can")
                     told = type(error)
-                    self._problem = f"{type(error).__name__}: {error}".splitlines()[0]
+                    self._problem = _in_public(error)
                     pause = RETRY_SECONDS
                 self._wake.wait(pause)
                 self._wake.clear()
@@ -376,6 +376,17 @@ def _write_private(file: Location, text: str) -> None:
     descriptor = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
     with os.fdopen(descriptor, "w") as opened:
         opened.write(text)
+
+
+def _in_public(error: Exception) -> str:
+    """What readiness tells anybody who asks: no paths, hosts or users."""
+    if isinstance(error, StoreUnavailable):
+        return "the database does not answer"
+    if isinstance(error, DiskFull):
+        return "there is no space left on the disk"
+    if isinstance(error, FilesUnavailable):
+        return "the place of the artifacts does not answer"
+    return f"Ray does not do what it is asked to ({type(error).__name__}); the server's log says why"
 
 
 def _signs_of_life(job: RunningJob) -> tuple[object, ...]:

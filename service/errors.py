@@ -12,7 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
-from starlette.routing import Match
+from starlette.routing import Match, Mount
 
 from coterie.search.faults import Fault, SpecError, escape
 from coterie.search.store import DiskFull, FilesUnavailable
@@ -23,12 +23,15 @@ from coterie.service.conversion import ConversionBusy, ConversionFailed, NotConv
 from coterie.service.cursors import InvalidQuery
 from coterie.service.fronts import NoneFits
 from coterie.service.gate import TooManyRequests
+from coterie.service.hub import TooManyStreams
 from coterie.service.request_id import current_request_id
 from coterie.service.routes.authentication import Unauthenticated, WrongHost
+from coterie.service.routes.file_response import OutOfRange
 from coterie.service.routes.reading import BodyTooLarge, WrongContentType
 from coterie.service.storage.database import DatabaseUnavailable
 from coterie.service.storage.queue import QuotaExceeded
 from coterie.service.storage.repositories import Conflict, NotFound
+from coterie.service.webhooks import LookUpBusy
 
 MEDIA_TYPE = "application/problem+json"
 METHODS = ("DELETE", "GET", "PATCH", "POST", "PUT")
@@ -54,6 +57,9 @@ KINDS: Mapping[type[Exception], Kind] = {
     Unauthenticated: Kind(HTTPStatus.UNAUTHORIZED, "unauthenticated", "Who asks is not known"),
     Forbidden: Kind(HTTPStatus.FORBIDDEN, "forbidden", "The caller may not do this"),
     WrongHost: Kind(HTTPStatus.MISDIRECTED_REQUEST, "wrong-host", "The server does not go by this name"),
+    LookUpBusy: Kind(HTTPStatus.SERVICE_UNAVAILABLE, "look-up-busy", "The server looks other names up"),
+    TooManyStreams: Kind(HTTPStatus.TOO_MANY_REQUESTS, "too-many-streams", "The token follows too many jobs"),
+    OutOfRange: Kind(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, "out-of-range", "The file has no such part"),
     TooManyRequests: Kind(HTTPStatus.TOO_MANY_REQUESTS, "too-many-requests", "The token is used too often"),
     NotFound: NOT_FOUND,
     NoneFits: Kind(HTTPStatus.NOT_FOUND, "none-fits", "No trial keeps the limits"),
@@ -104,6 +110,8 @@ async def _handle_ours(request: Request, error: Exception) -> JSONResponse:
     response = _problem(request, kind, str(error) or kind.title)
     if isinstance(error, BodyTooLarge):
         response.headers["Connection"] = "close"  # or the server would go on to read what the client sends
+    elif isinstance(error, OutOfRange):
+        response.headers["Content-Range"] = f"bytes */{error.size}"
     elif isinstance(error, Unauthenticated):
         response.headers["WWW-Authenticate"] = error.challenge
     elif isinstance(error, TooManyRequests):
@@ -151,6 +159,7 @@ def _allowed(request: Request) -> list[str]:
         for method in METHODS
         if any(
             route.matches({**request.scope, "method": method})[0] is Match.FULL
+            and (method == "GET" or not isinstance(route, Mount))  # below which there are files
             for route in request.app.routes
         )
     }

@@ -28,6 +28,7 @@ def open_stream(
         NotFound: If there is no such job.
         InvalidQuery: If the job has no event of this id yet: it is another job's, or of a database that was
             put back.
+        TooManyStreams: If the caller's token has too many open already.
     """
     position = after if last_event_id is None else last_event_id
     with context.database.read() as session:
@@ -37,11 +38,13 @@ def open_stream(
         raise InvalidQuery([Fault(pointer, f"must be at most {job.last_event}, this job's newest event")])
     if job.state in JOB_ENDED and position == job.last_event:
         return None
+    context.hub.check_room(context.caller.token_id)
     return context.hub.stream(
         job_id,
         after=position,
         newest=job.last_event,
         kinds=frozenset(kinds or EventKind),
         seconds=seconds,
+        token_id=context.caller.token_id,
         allowed=allowed,
     )

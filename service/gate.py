@@ -69,6 +69,7 @@ class Gate:
         self._burst = 1 if self._rate is None else max(1, math.floor(self._rate * BURST_SECONDS))
         self._required = False  # once True, for good
         self._open_until = -math.inf
+        self._changes = 0  # of tokens on this server
         self._remembered: dict[str, _Remembered] = {}  # by digest; only tokens that were good
         self._due: dict[str, float] = {}  # by token's id: when all its requests so far are paid for
 
@@ -87,14 +88,15 @@ class Gate:
         Raises:
             DatabaseUnavailable: If that does not answer.
         """
-        forgotten_at = self._clock() + CACHE_SECONDS
+        forgotten_at, changes = self._clock() + CACHE_SECONDS, self._changes
         token_id = None if token is None else id_in(token)
         with self._database.read() as session:
             tokens = TokenRepository(session)
             if not self._required:
                 self._required = tokens.exist()
                 if not self._required:
-                    self._open_until = forgotten_at
+                    if changes == self._changes:
+                        self._open_until = forgotten_at
                     return ANYONE
             if token is None or token_id is None:
                 return None
@@ -106,11 +108,13 @@ class Gate:
             logger.warning("%s was refused: it is %s", token_id, fault)
             return None
         caller = Caller(row.tenant, Role(row.role), row.id)
-        self._remembered[digest] = _Remembered(caller, row.expires_at, forgotten_at)
+        if changes == self._changes:  # or what was read may be out of date
+            self._remembered[digest] = _Remembered(caller, row.expires_at, forgotten_at)
         return caller
 
     def forget(self) -> None:
         """Look tokens up anew: one was made or revoked here, which then counts at once."""
+        self._changes += 1
         self._open_until = -math.inf
         self._remembered.clear()
 

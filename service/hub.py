@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -96,18 +96,29 @@ class Topic:
         self.changed = asyncio.Event()
 
     def after(self, position: int) -> list[Frame] | None:
-        """The events after a position; None where memory does not reach back so far."""
+        """The next `PAGE_EVENTS` after a position; None where memory does not reach back so far."""
         if position < self.floor:
             return None
         new = max(0, self.position - position)  # sequences have no gaps
-        return list(islice(reversed(self.frames), new))[::-1]
+        return list(islice(reversed(self.frames), new))[::-1][:PAGE_EVENTS]
+
+
+class TooManyStreams(Exception):
+    """A token has as many open event streams as it may."""
 
 
 class Hub:
-    """Reads the events of watched jobs, once for all of a job's streams. Lives on one event loop."""
+    """Reads the events of watched jobs, once for all of a job's streams. Lives on one event loop.
 
-    def __init__(self, database: Database) -> None:
+    Args:
+        database: Where the jobs are.
+        most_streams: Open at a time for one token.
+    """
+
+    def __init__(self, database: Database, most_streams: int) -> None:
         self._database = database
+        self._most_streams = most_streams
+        self._open: Counter[str] = Counter()  # streams by their token's id
         self._topics: dict[str, Topic] = {}
         self._stale: set[str] = set()  # watched jobs that may have new events
         self._work = asyncio.Event()  # set while there are stale jobs
@@ -142,6 +153,7 @@ class Hub:
         newest: int,
         kinds: Set[EventKind],
         seconds: float | None,
+        token_id: str | None,
         allowed: Callable[[], Awaitable[bool]],
     ) -> AsyncIterator[bytes]:
         """A job's events as Server-Sent Events, until the job has ended and all was sent.
@@ -152,6 +164,7 @@ class Hub:
             newest: Sequence of the job's newest event, as it was lately.
             kinds: Which events to send. Of others the client learns the ids, to come back with.
             seconds: End after so long, whatever is left; 0 gives what there is, up to `PAGE_EVENTS`.
+            token_id: Of whose streams these are; None where nobody counts them.
             allowed: Whether the client may still see them, asked now and then.
         """
         yield ServerSentEvent(retry=random.randint(*RECONNECT_MILLISECONDS), sep="\n").encode()
@@ -159,7 +172,7 @@ class Hub:
         now = anyio.current_time()
         deadline = math.inf if seconds is None else now + seconds
         ask_at = now + HEARTBEAT_SECONDS
-        with self._watching(job_id, newest) as topic:
+        with self._counted(token_id), self._watching(job_id, newest) as topic:
             while not self._ending:
                 now = anyio.current_time()
                 if now >= ask_at:
@@ -169,7 +182,7 @@ class Hub:
                 changed = topic.changed  # before the look, or what comes after it would be missed
                 pause = min(deadline, ask_at) - now
                 frames: Sequence[Frame] | None = topic.after(position)
-                if frames is None:
+                if frames is None or (not frames and position < newest):
                     with anyio.move_on_after(max(pause, RETRY_SECONDS)):
                         frames = await self._catch_up(job_id, position)
                     pause = min(pause, RETRY_SECONDS)
@@ -183,6 +196,26 @@ class Hub:
                         await changed.wait()
                 if anyio.current_time() >= deadline:
                     return
+
+    def check_room(self, token_id: str | None) -> None:
+        """Raise TooManyStreams if a token has as many open streams as it may, so that others come in too."""
+        if token_id is not None and self._open[token_id] >= self._most_streams:
+            raise TooManyStreams(
+                f"this token has {self._most_streams} open event streams here, the most it may: end one first"
+            )
+
+    @contextmanager
+    def _counted(self, token_id: str | None) -> Iterator[None]:
+        if token_id is None:
+            yield
+            return
+        self._open[token_id] += 1
+        try:
+            yield
+        finally:
+            self._open[token_id] -= 1
+            if not self._open[token_id]:
+                del self._open[token_id]
 
     @contextmanager
     def _watching(self, job_id: str, newest: int) -> Iterator[Topic]:

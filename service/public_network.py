@@ -12,7 +12,8 @@ from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_add
 
 import httpcore
 import httpx
-from anyio.to_thread import run_sync
+
+from coterie.service.threads import Threads
 
 LIMIT_URL = 2000
 LAST_PORT = 65_535
@@ -24,6 +25,7 @@ _MISLEADING: tuple[IPv4Network | IPv6Network, ...] = (
     IPv4Network("192.0.0.0/24"),  # Oracle's metadata
     IPv4Network("168.63.129.16/32"),  # Azure's
 )
+_LOOK_UPS = Threads("names", 8)  # of receivers, some of which may have a name server that does not answer
 
 
 class AddressForbidden(Exception):
@@ -43,7 +45,7 @@ def parse_url(text: str) -> httpx.URL:
         raise AddressForbidden("must be a URL as https://example.org/path") from None
     if len(text) > LIMIT_URL:
         raise AddressForbidden(f"must be at most {LIMIT_URL} characters")
-    if url.scheme not in ("http", "https") or not url.host:
+    if url.scheme not in ("http", "https") or not url.raw_host:
         raise AddressForbidden("must begin with https:// or http:// and name a host")
     if url.userinfo:
         raise AddressForbidden("must not hold a user's name or password")
@@ -103,7 +105,7 @@ class PublicNetwork(httpcore.AsyncNetworkBackend):
     ) -> httpcore.AsyncNetworkStream:
         """Resolve, check, connect; raises AddressForbidden, or as httpcore does."""
         look_up = partial(resolve, host, allow_private=self._allow_private)
-        *others, last = await run_sync(look_up, abandon_on_cancel=True)
+        *others, last = await _LOOK_UPS.run(look_up, abandon_on_cancel=True)
         for address in others:
             with suppress(httpcore.ConnectError, httpcore.ConnectTimeout):
                 return await self._network.connect_tcp(address, port, timeout, local_address, socket_options)

@@ -464,7 +464,9 @@ class TenantLimits(Schema):
         allow_inf_nan=False,
         description="Devices reserved × time, in a calendar month (UTC).",
     )
-    max_stored_bytes: int | None = Field(default=None, ge=0, le=2**63 - 1, description="Files of its trials.")
+    max_stored_bytes: int | None = Field(
+        default=None, ge=0, le=2**63 - 1, description="Weights and architectures."
+    )
 
 
 class TenantUsage(Schema):

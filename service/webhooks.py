@@ -1,6 +1,7 @@
 """What can be done with webhooks."""
 
 from datetime import UTC, datetime
+from threading import BoundedSemaphore
 
 from coterie.search.faults import Fault, SpecError
 from coterie.service import schemas
@@ -15,6 +16,11 @@ from coterie.service.storage.tables import DeliveryRow, WebhookRow
 from coterie.service.storage.webhooks import WebhookRepository
 
 _ORDER = "deliveries"
+_LOOK_UPS = BoundedSemaphore(4)  # a name server that is silent must not hold all of the server's threads
+
+
+class LookUpBusy(Exception):
+    """The server looks up as many names as it does at a time."""
 
 
 def create_webhook(context: Context, body: bytes) -> schemas.NewWebhook:
@@ -24,13 +30,18 @@ def create_webhook(context: Context, body: bytes) -> schemas.NewWebhook:
         MalformedBody: If the body is no JSON.
         SpecError: If it breaks the schema, or its URL is none that the server may call.
         Conflict: If there are too many.
+        LookUpBusy: If the hosts of others are looked up, which may take long.
     """
     spec = validate(schemas.WebhookSpec, parse_json(body))
+    if not _LOOK_UPS.acquire(blocking=False):
+        raise LookUpBusy("the server looks up the hosts of other webhooks: try again in a moment")
     try:
         host = parse_url(spec.url).raw_host.decode()
         resolve(host, allow_private=context.settings.webhook_allow_private)
     except AddressForbidden as error:
         raise SpecError([Fault("/url", str(error))]) from error
+    finally:
+        _LOOK_UPS.release()
     with context.database.write() as session:
         row = WebhookRepository(session, context.caller.tenant).create(
             spec.url, spec.kinds, datetime.now(UTC)

@@ -6,7 +6,9 @@ from typing import Annotated
 from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import Field
 
+from coterie.search.faults import Fault, SpecError
 from coterie.service import access, schemas
+from coterie.service.auth import Role
 from coterie.service.body import parse_json, validate
 from coterie.service.errors import problem_responses
 from coterie.service.routes.parameters import (
@@ -16,16 +18,11 @@ from coterie.service.routes.parameters import (
     PageParameters,
     PageQuery,
 )
-from coterie.service.routes.reading import read_body
+from coterie.service.routes.reading import json_body_of, read_body
 
 router = APIRouter(prefix="/v1", tags=["access"])
 TokenId = Annotated[str, Path(pattern="^token_[0-9a-f]{16}$", description="Id of a token.")]
-_TOKEN_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/TokenRequest"}}},
-    }
-}
+_TOKEN_BODY = json_body_of("TokenRequest")
 
 
 class AuditParameters(PageParameters):
@@ -55,9 +52,13 @@ def create_token(
 ) -> schemas.NewToken:
     """Make an access token of the caller's tenant. The answer shows it, and nothing ever does again.
 
-    On a server that has none yet it is the first, and from then on a token is needed.
+    On a server that has none yet it is the first, and from then on a token is needed: so that must be an
+    admin's.
     """
     asked = validate(schemas.TokenRequest, parse_json(body))
+    if context.caller.token_id is None and asked.role is not Role.ADMIN:
+        fault = "must be admin: this is the first token, and without an admin's nobody could make another"
+        raise SpecError([Fault("/role", fault)])
     made = access.create_token(
         context.database, context.caller, role=asked.role, name=asked.name, expires_at=asked.expires_at
     )

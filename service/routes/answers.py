@@ -3,17 +3,14 @@
 from collections.abc import Callable
 from typing import ParamSpec
 
-from anyio import CapacityLimiter
-from anyio.lowlevel import RunVar
-from anyio.to_thread import run_sync
 from starlette.responses import Response
 
 from coterie.service.documents import Document, encode
+from coterie.service.threads import Threads
 
 # One computes while others wait for the database. With more, which compete for Python's one lock, an answer
 # took twice the CPU time and the slowest took thrice as long (40 threads, 20 requests at a time).
-READERS = 3
-_readers: RunVar[CapacityLimiter] = RunVar("readers")  # of each event loop
+READERS = Threads("readers", 3)
 Parameters = ParamSpec("Parameters")
 
 
@@ -31,12 +28,4 @@ async def answer(
     read: Callable[Parameters, Document], *args: Parameters.args, **kwargs: Parameters.kwargs
 ) -> Answer:
     """What a use-case reads, in one of the threads that are kept for that, so that writes hold up no read."""
-    return Answer(await run_sync(lambda: encode(read(*args, **kwargs)), limiter=_limiter()))
-
-
-def _limiter() -> CapacityLimiter:
-    found = _readers.get(None)
-    if found is None:
-        found = CapacityLimiter(READERS)
-        _readers.set(found)
-    return found
+    return Answer(await READERS.run(lambda: encode(read(*args, **kwargs))))

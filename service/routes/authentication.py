@@ -8,18 +8,19 @@ from ipaddress import ip_address
 from typing import Annotated
 from urllib.parse import urlsplit
 
-from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from coterie.service.auth import Caller, Forbidden
 from coterie.service.gate import Gate
+from coterie.service.threads import Threads
 
 BASIC = 'Basic realm="coterie", charset="UTF-8"'
 BEARER = 'Bearer realm="coterie"'
 ACCESS_ERRORS = (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN, HTTPStatus.TOO_MANY_REQUESTS)
 _PAGE = "/"
 _SAFE = ("GET", "HEAD")
+_LOOK_UPS = Threads("tokens", 4)  # however busy the server's other threads are, tokens are looked up
 # Where the documents say so; what is sent is read below, also as browsers send it.
 _SCHEME = HTTPBearer(
     auto_error=False,
@@ -58,7 +59,7 @@ async def authenticate(
     """
     gate: Gate = request.app.state.gate
     token = _token(request)
-    caller = gate.recall(token) or await run_sync(gate.look_up, token)
+    caller = gate.recall(token) or await _LOOK_UPS.run(gate.look_up, token)
     if caller is None:
         raise _refusal(request, token)
     if caller.token_id is None:
@@ -71,7 +72,7 @@ async def still_allowed(request: Request) -> bool:
     """Whether the request's token is still good: for answers that take long, to be asked now and then."""
     gate: Gate = request.app.state.gate
     token = _token(request)
-    return (gate.recall(token) or await run_sync(gate.look_up, token)) is not None
+    return (gate.recall(token) or await _LOOK_UPS.run(gate.look_up, token)) is not None
 
 
 AUTHENTICATED = Depends(authenticate)
@@ -124,7 +125,7 @@ def _check_local(request: Request) -> None:
             "`coterie token create` makes one, and then any name is good"
         )
     origin = request.headers.get("origin")
-    if request.method in _SAFE or origin is None or urlsplit(origin).netloc == host:
+    if request.method in _SAFE or origin is None or origin.partition("://")[2] == host:
         return
     if origin not in request.app.state.context.settings.cors_origins:
         raise Forbidden("pages of other origins may change nothing here")

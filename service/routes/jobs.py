@@ -21,24 +21,14 @@ from coterie.service.routes.parameters import (
     Parameters,
     SubmitterContext,
 )
-from coterie.service.routes.reading import read_body
+from coterie.service.routes.reading import json_body, json_body_of, read_body
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
 _STATE_ERRORS = problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT)
-_SPEC_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/JobSpec"}}},
-    }
-}
+_SPEC_BODY = json_body_of("JobSpec")
 
-_CHANGE_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": JobChange.model_json_schema()}},
-    }
-}
+_CHANGE_BODY = json_body(JobChange.model_json_schema())
 
 
 class JobsParameters(PageParameters):

@@ -1,5 +1,7 @@
 """Reading the body of a request, however much is sent."""
 
+from typing import Any
+
 from fastapi import Request
 
 LIMIT_BYTES = 1_000_000
@@ -12,6 +14,16 @@ class BodyTooLarge(Exception):
 
 class WrongContentType(Exception):
     """The body does not say that it is JSON, or is compressed."""
+
+
+def json_body(schema: dict[str, Any]) -> dict[str, Any]:
+    """What the OpenAPI document says of an endpoint that reads its body by `read_body`."""
+    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+
+
+def json_body_of(model: str) -> dict[str, Any]:
+    """The same, for a model among the document's components."""
+    return json_body({"$ref": f"#/components/schemas/{model}"})
 
 
 async def read_body(request: Request) -> bytes:

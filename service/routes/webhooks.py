@@ -9,7 +9,7 @@ from pydantic import Field
 from coterie.service import schemas, webhooks
 from coterie.service.errors import problem_responses
 from coterie.service.routes.parameters import NO_QUERY, AdminContext, PageParameters
-from coterie.service.routes.reading import read_body
+from coterie.service.routes.reading import json_body_of, read_body
 from coterie.service.storage.outbox import DeliveryState
 
 router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
@@ -17,12 +17,7 @@ router = APIRouter(prefix="/v1/webhooks", tags=["webhooks"])
 WebhookId = Annotated[str, Path(pattern="^webhook_[0-9A-Za-z_-]{1,50}$", description="Id of a webhook.")]
 DeliveryId = Annotated[str, Path(pattern="^delivery_[0-9A-Za-z_-]{1,50}$", description="Id of a delivery.")]
 _ERRORS = problem_responses(HTTPStatus.BAD_REQUEST, HTTPStatus.NOT_FOUND)
-_BODY = {
-    "requestBody": {
-        "required": True,
-        "content": {"application/json": {"schema": {"$ref": "#/components/schemas/WebhookSpec"}}},
-    }
-}
+_BODY = json_body_of("WebhookSpec")
 
 
 class DeliveriesParameters(PageParameters):
@@ -42,6 +37,7 @@ class DeliveriesParameters(PageParameters):
         HTTPStatus.REQUEST_ENTITY_TOO_LARGE,
         HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
         HTTPStatus.UNPROCESSABLE_ENTITY,
+        HTTPStatus.SERVICE_UNAVAILABLE,
     ),
 )
 def create_webhook(
@@ -51,7 +47,8 @@ def create_webhook(
 
     Each event is a POST of `{type, timestamp, data}`, signed as Standard Webhooks has it; `data` is the event
     as the stream tells it. It is sent at least once, again over about a day until it is answered with 2xx,
-    always with the same `webhook-id`, and in no promised order. An answer of 410 disables the webhook.
+    always with the same `webhook-id`, and in no promised order. An answer of 410 disables the webhook; what
+    was still to be sent of a job that is deleted is not sent any more.
     """
     webhook = webhooks.create_webhook(context, body)
     response.headers["Location"] = f"/v1/webhooks/{webhook.id}"

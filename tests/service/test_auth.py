@@ -20,6 +20,7 @@ from coterie.service import access, gate
 from coterie.service.auth import ANYONE, Caller, Role
 from coterie.service.gate import BURST_SECONDS, CACHE_SECONDS, Gate, TooManyRequests
 from coterie.service.storage.database import Database
+from coterie.service.storage.tables import TokenRow
 from coterie.service.storage.tokens import TokenRepository, digest_of, id_in
 from tests.service.conftest import SPEC, Problem, Server, open_server
 
@@ -176,6 +177,23 @@ def test_a_token_is_looked_up_once_in_a_while_and_its_end_counts_then(stored: Da
     clock.now += CACHE_SECONDS
     assert doors.recall(token) is None
     assert doors.look_up(token) is None
+
+
+def test_a_token_that_is_revoked_while_it_is_looked_up_is_not_remembered(
+    stored: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token_id, token = make(stored)
+    doors, find = Gate(stored), TokenRepository.find
+
+    def find_and_revoke(tokens: TokenRepository, asked: str) -> TokenRow | None:
+        found = find(tokens, asked)
+        access.revoke_token(stored, None, token_id)
+        doors.forget()
+        return found
+
+    monkeypatch.setattr(TokenRepository, "find", find_and_revoke)
+    doors.look_up(token)
+    assert doors.recall(token) is None
 
 
 def test_a_remembered_token_is_no_good_from_the_moment_in_which_it_expires(stored: Database) -> None:
@@ -419,7 +437,9 @@ def test_an_open_server_that_others_reach_is_open_to_nobody(client: httpx.Client
     assert client.get("/v1/jobs", headers={"Host": "127.0.0.1"}).status_code == 421
 
 
-@pytest.mark.parametrize("origin", ["https://evil.example", "null", "http://127.0.0.1:3000", "garbage"])
+@pytest.mark.parametrize(
+    "origin", ["https://evil.example", "null", "http://127.0.0.1:3000", "garbage", "http://["]
+)
 def test_a_page_of_another_origin_changes_nothing_on_an_open_server(
     server: Server, problem: Problem, origin: str
 ) -> None:
@@ -478,9 +498,12 @@ def test_an_admin_makes_lists_and_revokes_tokens_of_their_tenant(
         ({"role": "reader", "tenant": "theirs"}, "/tenant"),
         ({"role": "reader", "name": "x" * 201}, "/name"),
         ({"role": "reader", "name": "a\nb"}, "/name"),
-        ({"role": "reader", "expires_at": "2020-01-01T00:00:00Z"}, "/expires_at"),
-        ({"role": "reader", "expires_at": "2100-01-01T00:00:00"}, "/expires_at"),
-        ({"role": "reader", "expires_at": "soon"}, "/expires_at"),
+        ({"role": "admin", "expires_at": "2020-01-01T00:00:00Z"}, "/expires_at"),
+        ({"role": "admin", "expires_at": "2100-01-01T00:00:00"}, "/expires_at"),
+        ({"role": "admin", "expires_at": "soon"}, "/expires_at"),
+        ({"role": "admin", "expires_at": "9999-12-31T23:59:59-01:00"}, "/expires_at"),
+        ({"role": "reader"}, "/role"),  # nobody could make another
+        ({"role": "submitter"}, "/role"),
     ],
 )
 def test_a_token_that_can_not_be_is_refused_with_a_pointer(

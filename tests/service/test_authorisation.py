@@ -280,5 +280,6 @@ def test_two_tenants_may_use_the_same_idempotency_key(world: World) -> None:
 def test_a_cursor_of_another_tenants_list_shows_nothing_of_it(world: World) -> None:
     for path in ("/v1/jobs", "/v1/tokens", "/v1/audit"):
         cursor = world.read(f"{path}?limit=1", THEIRS)["next_cursor"]
-        for item in world.read(f"{path}?limit=1000&cursor={cursor}")["items"]:
-            assert THEIRS not in json.dumps(item)
+        items = world.read(f"{path}?limit=1000&cursor={cursor}")["items"]
+        assert items
+        assert THEIRS not in json.dumps(items)

@@ -1,9 +1,11 @@
 """What the world may send: each is a 4xx problem with a pointer, and nothing is written. Real sockets."""
 
 import json
+import math
 import socket
 import threading
 import time
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -12,7 +14,9 @@ import httpx
 import pytest
 import uvicorn
 
+from coterie.search.faults import SpecError
 from coterie.service.app import create_app
+from coterie.service.body import LIMIT_FAULTS, parse_json
 from coterie.service.config import Settings
 from tests.service.conftest import SPEC, Problem, RecordingDispatcher
 
@@ -113,6 +117,7 @@ def _budget(text: str) -> bytes:
         pytest.param(_spec(tasks=["t"] * 100_000), "/tasks", id="100,000 tasks"),
         pytest.param(_spec(name="half \ud800"), "/name", id="lone surrogate"),
         pytest.param(_spec(**{"\udfff": 1}), "", id="lone surrogate in a field's name"),
+        pytest.param(_spec(dataset={"source": "a\0"}), "/dataset/source", id="NUL"),
         pytest.param(_spec(name="line\nbreak"), "/name", id="control character"),
         pytest.param(_spec(name=""), "/name", id="empty name"),
         pytest.param(_spec(resources={"cpus": 5}), "/resources/cpus", id="more CPUs than the node has"),
@@ -171,6 +176,20 @@ def test_a_body_of_a_megabyte_is_read(client: httpx.Client, problem: Problem) ->
     assert len(body) == 1_000_000
     document = problem(client.post("/v1/jobs", content=body, headers=JSON), 422, "/name")
     assert len(json.dumps(document)) < 1000
+
+
+def test_a_body_full_of_faults_takes_no_memory_for_each() -> None:
+    """Each has a long pointer."""
+    body = json.dumps([[math.nan] * 1000] * 50)
+    for level in range(40):
+        body = f'{{"{level}{"ä" * 200}": {body}}}'
+    tracemalloc.start()
+    with pytest.raises(SpecError) as refused:
+        parse_json(body.encode())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(refused.value.faults) == LIMIT_FAULTS
+    assert peak < 20_000_000
 
 
 def test_a_body_that_never_ends_is_not_read_to_its_end(url: str) -> None:

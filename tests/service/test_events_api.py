@@ -172,6 +172,38 @@ def test_a_client_need_not_wait_at_all(server: StreamServer) -> None:
         assert list(stream) == []
 
 
+def test_a_client_that_does_not_wait_gets_a_page_whoever_else_watches(server: StreamServer) -> None:
+    job_id = begin(server.database)
+    with server.follow(job_id) as watching:
+        for number in range(2 * hub.PAGE_EVENTS):
+            happen(server.database, job_id, "trial", number=number)
+        with server.follow(job_id, timeout_seconds=0) as at_once:
+            assert [event["sequence"] for event in at_once] == list(range(1, hub.PAGE_EVENTS + 1))
+        for sequence in range(1, 2 * hub.PAGE_EVENTS + 2):
+            assert next(watching)["sequence"] == sequence
+        with server.follow(job_id, timeout_seconds=0) as at_once:
+            assert len(list(at_once)) == hub.PAGE_EVENTS
+
+
+def test_a_token_has_room_for_others_in_its_streams(tmp_path: Path, problem: Problem) -> None:
+    with stream_server(tmp_path / "data", max_connections=6) as server:
+        job_id = begin(server.database)
+        answer = httpx.post(f"{server.url}/v1/tokens", json={"role": "admin"})
+        headers = {"Authorization": f"Bearer {answer.json()['token']}"}
+        url = f"{server.url}/v1/jobs/{job_id}/events"
+
+        def refused() -> httpx.Response:
+            return httpx.get(url, params={"timeout_seconds": 0}, headers=headers)
+
+        with ExitStack() as streams:
+            for _ in range(3):
+                stream = streams.enter_context(httpx.stream("GET", url, headers=headers))
+                assert stream.status_code == 200
+            wait_until(lambda: refused().status_code == 429)
+            assert "3 open event streams" in problem(refused(), 429)["detail"]
+        wait_until(lambda: refused().status_code == 200)
+
+
 def test_the_header_wins_over_the_query(sqlite_server: StreamServer) -> None:
     job_id = begin(sqlite_server.database)
     happen(sqlite_server.database, job_id)

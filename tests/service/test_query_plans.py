@@ -145,7 +145,7 @@ def test_every_read_is_by_index(database: Database, tmp_path: Path) -> None:
     """All in one test: to fill the database takes longer than to ask."""
     job_id = _filled(database)
     context = Context(
-        Settings(data_dir=tmp_path, _env_file=None), database, RecordingDispatcher(), Hub(database)
+        Settings(data_dir=tmp_path, _env_file=None), database, RecordingDispatcher(), Hub(database, 1)
     )
     for name, read in (READS | WITHIN_A_JOB).items():
         with _recorded(database) as statements:

@@ -6,9 +6,10 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sqlalchemy import select
 
 from coterie.search.store import JobState, TrialState
-from coterie.service import jobs, trials
+from coterie.service import fronts, jobs, trials
 from coterie.service.config import Settings
 from coterie.service.context import Context
 from coterie.service.cursors import (
@@ -21,6 +22,7 @@ from coterie.service.cursors import (
 from coterie.service.hub import Hub
 from coterie.service.routes.parameters import PageParameters
 from coterie.service.storage.database import Database
+from coterie.service.storage.tables import TrialRow
 from tests.service.conftest import Problem, RecordingDispatcher, Server
 from tests.service.rows import add_job, add_trials
 
@@ -36,7 +38,7 @@ ROWS_STAY = settings(
 @pytest.fixture
 def context(database: Database, tmp_path: Path) -> Context:
     return Context(
-        Settings(data_dir=tmp_path, _env_file=None), database, RecordingDispatcher(), Hub(database)
+        Settings(data_dir=tmp_path, _env_file=None), database, RecordingDispatcher(), Hub(database, 1)
     )
 
 
@@ -70,6 +72,17 @@ def test_trials_are_sorted_by_a_metric_either_way_and_equal_ones_by_number(
 ) -> None:
     assert _all(context, job, sort="macs", limit=limit) == [5, 1, 2, 3, 0]
     assert _all(context, job, sort="-macs", limit=limit) == [0, 3, 2, 1, 5]
+
+
+@pytest.mark.parametrize("sequence", [2**31, 10**18 - 1])
+def test_a_cursor_beyond_all_rows_finds_nothing(context: Context, job: str, sequence: int) -> None:
+    with context.database.read() as session:
+        trial_id = session.scalars(select(TrialRow.id)).first()
+    assert trial_id is not None
+    order = encode_cursor("measurements", sequence)
+    assert trials.list_measurements(context, trial_id, limit=5, cursor=order)["items"] == []
+    order = encode_cursor("history", sequence)
+    assert fronts.read_history(context, job, limit=5, cursor=order)["items"] == []
 
 
 def test_trials_without_a_value_are_left_out(context: Context, job: str) -> None:

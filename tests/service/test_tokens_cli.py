@@ -132,6 +132,8 @@ def test_wrong_use_is_code_2_with_words(tmp_path: Path, command: str, words: str
 def test_the_client_takes_a_token_or_the_environments(
     live: LiveServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    admin = live.client.post("/v1/tokens", json={"role": "admin"}).json()["token"]
+    live.client.headers["Authorization"] = f"Bearer {admin}"
     made = live.client.post("/v1/tokens", json={"role": "reader"}).json()
     with Client(live.url, token=made["token"]) as client:
         assert client.tenant()["name"] == "default"
@@ -152,7 +154,7 @@ def test_the_client_waits_when_its_token_came_too_often(
 ) -> None:
     monkeypatch.setattr(gate, "CACHE_SECONDS", 0.0)
     with live_server(tmp_path / "data", requests_per_second=1.0) as live:
-        made = live.client.post("/v1/tokens", json={"role": "reader"}).json()
+        made = live.client.post("/v1/tokens", json={"role": "admin"}).json()
         live.client.headers["Authorization"] = f"Bearer {made['token']}"
         while live.client.get("/v1/tenant").status_code == 200:
             pass

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from threading import BoundedSemaphore
 from typing import Any
 
 import anyio
@@ -16,12 +17,13 @@ import pytest
 from sqlalchemy import select, text
 from standardwebhooks import Webhook, WebhookVerificationError
 
-from coterie.service import delivery
+from coterie.service import delivery, webhooks
 from coterie.service.public_network import AddressForbidden, PublicNetwork, is_public, parse_url, resolve
 from coterie.service.storage.database import Database
 from coterie.service.storage.events import EventKind, record_event
 from coterie.service.storage.outbox import DeliveryState, OutboxRepository
 from coterie.service.storage.tables import JobRow
+from coterie.service.storage.webhooks import MOST_WEBHOOKS
 from tests.service.conftest import Problem, Server, open_server
 from tests.service.receiver import Receiver, cut, flood, hang, receiver, status, trickle
 from tests.service.streams import begin, end, happen, wait_until
@@ -41,6 +43,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "RETRY_SECONDS", (0.02, 0.02))
     monkeypatch.setattr(delivery, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(delivery, "ATTEMPT_SECONDS", 0.5)
+    monkeypatch.setattr(delivery, "LEFT_ALONE_SECONDS", 0.02)
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -218,6 +221,38 @@ def test_a_slow_receiver_holds_up_only_itself(sqlite_server: Server, target: Rec
         assert deliveries(sqlite_server, slow_one, state="pending")
 
 
+def test_dead_receivers_with_much_to_be_told_hold_up_only_themselves(
+    sqlite_server: Server, target: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There are more of them than places."""
+    monkeypatch.setattr(delivery, "MOST_UNDER_WAY", 2)
+    monkeypatch.setattr(delivery, "ATTEMPT_SECONDS", 0.1)
+    monkeypatch.setattr(delivery, "LEFT_ALONE_SECONDS", 60.0)
+    target.answers = [hang(0.2)]
+    for _ in range(3):
+        make(sqlite_server, target.url)
+    job_id = begin(sqlite_server.database)
+    for number in range(20):
+        happen(sqlite_server.database, job_id, "trial", number=number)
+    with receiver() as quick:
+        webhook = make(sqlite_server, quick.url, "front")
+        happen(sqlite_server.database, job_id, "front", size=1)
+        assert [item["state"] for item in settled(sqlite_server, webhook)] == ["delivered"]
+    assert len(target.requests) < 20  # of 180 attempts that are still to be made
+
+
+def test_while_names_are_looked_up_others_wait_for_their_turn(
+    sqlite_server: Server, problem: Problem, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhooks, "_LOOK_UPS", BoundedSemaphore(1))
+    with webhooks._LOOK_UPS:
+        answer = sqlite_server.client.post(
+            "/v1/webhooks", json={"url": "http://127.0.0.1/", "kinds": ["job"]}
+        )
+    problem(answer, 503)
+    make(sqlite_server, "http://127.0.0.1:1/")
+
+
 def test_what_a_dead_server_was_sending_is_sent_by_another(database: Database) -> None:
     _insert(database, "http://127.0.0.1:1/")
     now = datetime.now(UTC)
@@ -343,7 +378,7 @@ def test_deliveries_come_in_pages(sqlite_server: Server, problem: Problem) -> No
 
 
 def test_there_is_an_end_to_how_many_there_are(sqlite_server: Server, problem: Problem) -> None:
-    for number in range(20):
+    for number in range(MOST_WEBHOOKS):
         make(sqlite_server, f"http://127.0.0.1:1/{number}")
     problem(
         sqlite_server.client.post("/v1/webhooks", json={"url": "http://127.0.0.1:1/", "kinds": ["job"]}), 409
@@ -363,6 +398,7 @@ def test_there_is_an_end_to_how_many_there_are(sqlite_server: Server, problem: P
         ({"url": f"http://127.0.0.1/{'x' * 2000}", "kinds": ["job"]}, "/url"),
         ({"url": "http://nowhere.invalid/", "kinds": ["job"]}, "/url"),
         ({"url": "http:///x", "kinds": ["job"]}, "/url"),
+        ({"url": "http://xn--/", "kinds": ["job"]}, "/url"),
         ({"url": 7, "kinds": ["job"]}, "/url"),
         ({"url": "http://127.0.0.1/", "kinds": ["job"], "secret": "mine"}, "/secret"),
     ],
@@ -478,7 +514,9 @@ def test_no_proxy_of_the_environment_is_asked(
     assert settled(sqlite_server, webhook)[0]["state"] == "delivered"
 
 
-@pytest.mark.parametrize("url", ["http://a b/", "http://\x00/", "//x", "x", "http://[::1", "mailto:a@b"])
+@pytest.mark.parametrize(
+    "url", ["http://a b/", "http://\x00/", "//x", "x", "http://[::1", "mailto:a@b", "http://xn--/"]
+)
 def test_what_is_no_url_is_no_place_to_call(url: str) -> None:
     with pytest.raises(AddressForbidden):
         resolve(parse_url(url).raw_host.decode(), allow_private=True)
