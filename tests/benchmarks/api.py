@@ -7,7 +7,8 @@ The figures of the aim (1,000 jobs, 1,000,000 trials, 5,000,000 measurements, be
 of the command without options. FOLDER holds the databases, about 9 GB; they are filled when they are not
 there yet, which takes some minutes, and kept. A thousand trials a job; where there are fewer trials than
 jobs could have, the first jobs have theirs and the others none, so that lists of jobs and of trials are as
-long in both. The newest jobs wait or run. PostgreSQL is the one of the tests, with its default settings.
+long in both. Events are fewer than a search writes: 20 a job, of which the stream gives the first. The newest
+jobs wait or run. PostgreSQL is the one of the tests, with its default settings.
 
 The load is a closed loop: each of `--in-flight` connections sends its next request when it has its answer,
 and asks at random over jobs, trials and limits. Printed for each read: p50, p95, p99 in ms, requests a
@@ -21,6 +22,7 @@ import asyncio
 import json
 import os
 import random
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -239,16 +241,17 @@ class IdleDispatcher:
 
 
 def serve(data_dir: str, url: str, port: int) -> None:
-    """The real application under uvicorn, as `coterie serve` runs it."""
+    """The real application, served as the command does."""
     import uvicorn
 
+    from coterie.service import serving
     from coterie.service.app import create_app
     from coterie.service.config import Settings
 
-    os.environ |= {"COTERIE_DATA_DIR": data_dir, "COTERIE_DATABASE_URL": url}
-    settings = Settings()
-    app = create_app(settings, IdleDispatcher())
-    uvicorn.run(app, port=port, log_config=None, log_level="warning", lifespan="on", server_header=False)
+    settings = Settings(data_dir=Path(data_dir), database_url=url, _env_file=None)
+    config = serving.server_config(create_app(settings, IdleDispatcher()), settings)
+    with socket.create_server(("127.0.0.1", port), backlog=serving.BACKLOG) as listener:
+        uvicorn.Server(config).run([listener])
 
 
 class Nothing(asyncio.Protocol):

@@ -98,11 +98,15 @@ def test_help_names_every_command() -> None:
         "pause",
         "resume",
         "delete",
+        "priority",
+        "events",
+        "datasets",
         "gc",
         "audit",
         "db",
         "token",
         "tenant",
+        "webhook",
     ):
         assert f" {command} " in shown
 
