@@ -43,8 +43,6 @@ from sqlalchemy.engine import make_url
 
 from coterie.models.tasks import Direction
 from coterie.search.front import Front
-from coterie.search.objective import metric_directions
-from coterie.search.plan import make_plan
 from coterie.search.spec import JobSpec
 from coterie.service.storage import migrate
 
@@ -125,6 +123,9 @@ def writing(url: str) -> Iterator[Write]:
 
 def make_rows(trials: int) -> Iterator[Rows]:
     """Rows job by job."""
+    from coterie.search.objective import metric_directions  # with torch, which the server is without
+    from coterie.search.plan import make_plan
+
     spec = JobSpec.model_validate(SPEC)
     stored = json.dumps(spec.model_dump(mode="json"))
     directions = json.dumps(metric_directions(make_plan(spec).tasks))
