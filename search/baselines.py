@@ -19,7 +19,8 @@ from coterie.search.objective import (
     Yardstick,
 )
 from coterie.search.plan import MOST_REFERENCES, Plan, measure_size
-from coterie.search.space import RECIPE, backbone_dimensions, recipe_of, sizes_of
+from coterie.search.recipe import recipe_of
+from coterie.search.space import RECIPE, backbone_dimensions, sizes_of
 from coterie.search.store import COSTS, Candidate, Reference, ReferenceKey, Setting
 
 # What is worse than this adds nothing to the hypervolume; costs are in multiples of the yardstick's.

@@ -9,9 +9,9 @@ import itertools
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
-from statistics import fmean, stdev, variance
+from statistics import fmean, variance
 from typing import Any
 
 import moocore
@@ -22,24 +22,22 @@ from scipy.special import stdtrit
 from coterie.models.backbones import BACKBONES
 from coterie.models.tasks import Direction
 from coterie.search.baselines import yardstick_candidate
+from coterie.search.confirmed import FALSE_ALARMS, Comparison, PointSummary, Runs, Trained, summarise, unlike
 from coterie.search.front import feasible
 from coterie.search.objective import YARDSTICK_SEEDS
 from coterie.search.plan import SIZES, Plan, measure_size
+from coterie.search.recipe import recipe_of
 from coterie.search.seeds import derive_seed
-from coterie.search.space import GIVEN_GROUPING, recipe_of, sizes_of
+from coterie.search.space import GIVEN_GROUPING, sizes_of
 from coterie.search.store import (
     Candidate,
     Confirmation,
     Role,
     Trial,
-    TrialState,
-    Values,
     Verdict,
     VerdictKind,
 )
 
-COMPARED = "delta_m"  # every job has it, whatever its objectives
-FALSE_ALARMS = 0.05  # share of jobs in which any of all intervals may miss 0 where nothing differs
 # Percent points; seeds alone move delta_m by 4 on `digits`, and nobody deploys another network for less.
 LEAST_GAIN = 1.0
 SAME_SIZE = 1.05  # so many times the macs still count as no more
@@ -66,61 +64,6 @@ class Rerun:
     def id(self) -> str:
         """Names it among all that its job runs."""
         return f"confirm-{self.trial_id}-{self.role}-{self.seed}"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """A metric over fresh seeds.
-
-    Attributes:
-        mean: Over the seeds.
-        std: Standard deviation over the seeds; None where there is only one.
-        n: How many seeds have it.
-    """
-
-    mean: float
-    std: float | None
-    n: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """A point beside a `shared` network of about the same macs.
-
-    Attributes:
-        metric: What is compared, on the validation split.
-        gain: Mean of the point less that of the shared network.
-        low: Lower end of the gain's confidence interval.
-        high: Its upper end.
-        within_noise: Whether the interval holds 0.
-        shared_macs: Of the shared network.
-    """
-
-    metric: str
-    gain: float
-    low: float
-    high: float
-    within_noise: bool
-    shared_macs: float
-
-
-@dataclass(frozen=True, kw_only=True)
-class PointSummary:
-    """What fresh seeds gave for a point of the front.
-
-    Attributes:
-        seeds: Trainings that completed.
-        failed: Those that did not; they count nowhere else.
-        validation: Metric -> its spread on the validation split.
-        test: The same on the test split.
-        over_shared: None where nothing was trained beside it, or too little completed.
-    """
-
-    seeds: int
-    failed: int
-    validation: Mapping[str, Spread]
-    test: Mapping[str, Spread]
-    over_shared: Comparison | None
 
 
 def choose_points(
@@ -212,30 +155,6 @@ def plan_confirmation(plan: Plan, points: Sequence[Trial]) -> list[Rerun]:
     return runs
 
 
-def summarise(confirmations: Sequence[Confirmation]) -> dict[str, PointSummary]:
-    """Say what confirming runs gave, by the point's trial id.
-
-    The intervals are Welch's, at 95 % for all points together (Bonferroni). A point without a rival of its
-    own is compared with the nearest `shared` network of its recipe that was trained for another one.
-    """
-    runs = _Runs.read(confirmations)
-    pairs = {
-        trial_id: (point, rival)
-        for trial_id, point in runs.points.items()
-        if (rival := runs.rival(trial_id)) is not None and min(len(point.gains), len(rival.gains)) > 1
-    }
-    return {
-        trial_id: PointSummary(
-            seeds=len(point.validation),
-            failed=point.failed,
-            validation=_spreads(point.validation),
-            test=_spreads(point.test),
-            over_shared=_compare(*pairs[trial_id], len(pairs)) if trial_id in pairs else None,
-        )
-        for trial_id, point in runs.points.items()
-    }
-
-
 def make_verdict(plan: Plan, points: Sequence[Trial], confirmations: Sequence[Confirmation]) -> Verdict:
     """Say what the confirmed points tell about the tasks: together, apart, in groups, or not to be known.
 
@@ -245,7 +164,7 @@ def make_verdict(plan: Plan, points: Sequence[Trial], confirmations: Sequence[Co
     """
     if len(plan.tasks) == 1:
         return Verdict(kind=VerdictKind.UNKNOWN, words="The job has one task, so there is nothing to share.")
-    runs, summaries = _Runs.read(confirmations), summarise(confirmations)
+    runs, summaries = Runs.read(confirmations), summarise(confirmations)
     known = [point for point in points if point.id in summaries and len(runs.points[point.id].gains) > 1]
     if not known:
         return Verdict(
@@ -263,71 +182,6 @@ def make_verdict(plan: Plan, points: Sequence[Trial], confirmations: Sequence[Co
     )
 
 
-@dataclass
-class _Trained:
-    """The trainings of one candidate, in the order of their seeds."""
-
-    candidate: Candidate
-    validation: list[Values] = field(default_factory=list)
-    test: list[Values] = field(default_factory=list)
-    failed: int = 0
-
-    @property
-    def gains(self) -> list[float]:
-        return _numbers(self.validation, COMPARED)
-
-    @property
-    def macs(self) -> float:
-        """Mean over the trainings, since gates may come to others; NaN where none completed."""
-        found = _numbers(self.validation, "macs")
-        return fmean(found) if found else math.nan
-
-
-@dataclass
-class _Runs:
-    """Confirming runs by what they trained.
-
-    Attributes:
-        points: Trial id -> the point's trainings.
-        rivals: Trial id -> those of the `shared` network beside it, where it has one of its own.
-    """
-
-    points: dict[str, _Trained]
-    rivals: dict[str, _Trained]
-
-    @classmethod
-    def read(cls, confirmations: Sequence[Confirmation]) -> "_Runs":
-        runs = cls({}, {})
-        for found in sorted(confirmations, key=lambda found: found.seed):
-            place = runs.points if found.role is Role.POINT else runs.rivals
-            trained = place.setdefault(found.trial_id, _Trained(found.candidate))
-            if found.ending.state is TrialState.COMPLETED:
-                trained.validation.append(found.ending.values)
-                trained.test.append(found.ending.test)
-            else:
-                trained.failed += 1
-        return runs
-
-    @property
-    def shared(self) -> list[_Trained]:
-        """All `shared` networks that were trained, for whatever point."""
-        every = (*self.points.values(), *self.rivals.values())
-        return [trained for trained in every if trained.candidate.family == "shared" and trained.gains]
-
-    def rival(self, trial_id: str) -> _Trained | None:
-        """What a point is compared with."""
-        point = self.points[trial_id]
-        if point.candidate.family == "shared" or trial_id in self.rivals or not point.validation:
-            return self.rivals.get(trial_id)
-        alike = [
-            other
-            for other in self.shared
-            if other.candidate.backbone == point.candidate.backbone
-            and recipe_of(other.candidate) == recipe_of(point.candidate)
-        ]
-        return min(alike, key=lambda other: _unlike(other.macs, point.macs), default=None)
-
-
 class _Evidence:
     """What a verdict is made of.
 
@@ -339,7 +193,7 @@ class _Evidence:
     """
 
     def __init__(
-        self, plan: Plan, known: Sequence[Trial], runs: _Runs, summaries: Mapping[str, PointSummary]
+        self, plan: Plan, known: Sequence[Trial], runs: Runs, summaries: Mapping[str, PointSummary]
     ) -> None:
         self._known = known
         self._runs = runs
@@ -451,17 +305,17 @@ class _Evidence:
             grouping=groups,
         )
 
-    def _trial_of(self, one: _Trained | None) -> str | None:
+    def _trial_of(self, one: Trained | None) -> str | None:
         """The trial that was trained again; None of a network that was trained beside one."""
         return next((point.id for point in self._known if self._runs.points[point.id] is one), None)
 
-    def _if_unequal(self, shared_macs: float, one: _Trained) -> str:
+    def _if_unequal(self, shared_macs: float, one: Trained) -> str:
         """A warning where the backbone has no `shared` network of about the same size."""
         if max(shared_macs / one.macs, one.macs / shared_macs) <= FAR_SIZE:
             return ""
         return " The backbone has no shared network nearer in size, so a part of this may be size alone."
 
-    def _yardstick_margin(self, one: _Trained) -> float:
+    def _yardstick_margin(self, one: Trained) -> float:
         """Half the width of the interval of a candidate's delta_m, which is 0 where it is as the yardstick.
 
         The yardstick has seeds of its own, of which only the mean is in delta_m. They are taken to be as
@@ -488,10 +342,10 @@ class _Evidence:
         bounds = [bound for bound in self._plan.spec.constraints if bound.metric in SIZES]
         return not bounds or feasible({**self._yardstick_size}, bounds)
 
-    def _over_yardstick(self, one: _Trained) -> str:
+    def _over_yardstick(self, one: Trained) -> str:
         return f"{one.macs / self._yardstick_macs:.2f}"
 
-    def _basis(self, one: _Trained) -> str:
+    def _basis(self, one: Trained) -> str:
         """What figures rest on."""
         failed = sum(trained.failed for trained in (*self._runs.points.values(), *self._runs.rivals.values()))
         basis = f"validation split, {len(one.gains)} fresh seeds, 95 % over seeds"
@@ -527,13 +381,8 @@ def _nearest_shared(
     assert point.ending is not None
     macs = point.ending.values["macs"]
     assert macs is not None  # a completed trial has them
-    nearest, _ = min(sizes[candidate.backbone], key=lambda size: _unlike(size[1], macs))
+    nearest, _ = min(sizes[candidate.backbone], key=lambda size: unlike(size[1], macs))
     return _like(candidate, "shared", {**nearest, **recipe_of(candidate)})
-
-
-def _unlike(macs: float, wanted: float) -> tuple[float, float]:
-    """How far macs are from those wanted, as a ratio; of two that are equally far the larger comes first."""
-    return abs(math.log(macs / wanted)), -macs
 
 
 def _by_added_volume(losses_PM: NDArray[np.float64], first: int) -> Iterator[int]:
@@ -562,40 +411,6 @@ def _by_added_volume(losses_PM: NDArray[np.float64], first: int) -> Iterator[int
         else:
             added = max(0.0, volume([*taken, row]) - reached)
             heapq.heappush(queue, (-added, place, row, len(taken)))
-
-
-def _numbers(values: Sequence[Values], metric: str) -> list[float]:
-    return [number for found in values if (number := found.get(metric)) is not None]
-
-
-def _spreads(values: Sequence[Values]) -> dict[str, Spread]:
-    metrics = dict.fromkeys(metric for found in values for metric in found)
-    numbers = {metric: _numbers(values, metric) for metric in metrics}
-    return {
-        metric: Spread(mean=fmean(found), std=stdev(found) if len(found) > 1 else None, n=len(found))
-        for metric, found in numbers.items()
-        if found
-    }
-
-
-def _compare(point: _Trained, rival: _Trained, comparisons: int) -> Comparison:
-    """Compare two candidates by Welch's interval, one of several that shall all hold at once."""
-    parts = [variance(one.gains) / len(one.gains) for one in (point, rival)]
-    freedoms = [len(one.gains) - 1 for one in (point, rival)]
-    gain, noise = fmean(point.gains) - fmean(rival.gains), sum(parts)
-    margin = 0.0
-    if noise > 0:
-        freedom = 1 / sum((part / noise) ** 2 / free for part, free in zip(parts, freedoms, strict=True))
-        margin = float(stdtrit(freedom, 1 - FALSE_ALARMS / 2 / comparisons)) * math.sqrt(noise)
-    low, high = gain - margin, gain + margin
-    return Comparison(
-        metric=COMPARED,
-        gain=gain,
-        low=low,
-        high=high,
-        within_noise=low <= 0 <= high,
-        shared_macs=rival.macs,
-    )
 
 
 def _interval(found: Comparison, sign: int = 1) -> str:

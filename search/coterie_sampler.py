@@ -22,8 +22,9 @@ from coterie.search.front import Front, feasible
 from coterie.search.group_knowledge import GroupKnowledge, finds_groupings
 from coterie.search.objective import Yardstick
 from coterie.search.plan import GATED_FAMILIES, Plan
+from coterie.search.recipe import recipe_of
 from coterie.search.sampler import BASELINE, Proposal, baselines, derive_seed, optuna_sampler
-from coterie.search.space import Choices, Dimension, Recall, Value, default_of, recipe_of, sizes_of
+from coterie.search.space import Choices, Dimension, Recall, Value, default_of, sizes_of
 from coterie.search.store import AffinityResult, Candidate, SubsetResult, Trial, TrialState, Values
 from coterie.search.work import SideRun
 

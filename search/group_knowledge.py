@@ -25,8 +25,9 @@ from coterie.search.baselines import default_candidate
 from coterie.search.front import feasible
 from coterie.search.objective import TaskValues, Yardstick
 from coterie.search.plan import Plan
+from coterie.search.recipe import recipe_of
 from coterie.search.sampler import derive_seed
-from coterie.search.space import recipe_of, size_choices, sizes_of, whole_values
+from coterie.search.space import size_choices, sizes_of, whole_values
 from coterie.search.store import AffinityResult, Candidate, SubsetResult, Trial
 from coterie.search.subsets import stackable
 from coterie.search.surrogate import GroupBelief, Observation, SubsetSurrogate

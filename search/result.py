@@ -8,7 +8,7 @@ from torch import nn
 
 from coterie.models.export import load_architecture
 from coterie.models.tasks import Direction
-from coterie.search.confirm import PointSummary, summarise
+from coterie.search.confirmed import PointSummary, summarise
 from coterie.search.front import feasible
 from coterie.search.objective import metric_directions
 from coterie.search.plan import Plan

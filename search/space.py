@@ -23,6 +23,7 @@ from coterie.models.families import MultiTaskNetwork, build_network
 from coterie.models.families.etr_nlp import check_routing
 from coterie.models.heads import plan_head
 from coterie.models.tasks import Grouping, TaskSet
+from coterie.search.recipe import RECIPE_DEFAULTS, recipe_of
 from coterie.search.spec import Domain, Interval
 from coterie.search.store import Candidate
 
@@ -131,25 +132,25 @@ RECIPE = (
     Dimension(
         name="lr",
         domain=Range(1e-4, 3e-2, log=True),
-        default=5e-3,
+        default=RECIPE_DEFAULTS["lr"],
         description="Learning rate of Adam.",
     ),
     Dimension(
         name="weight_decay",
         domain=Range(1e-7, 1e-2, log=True),
-        default=1e-6,
+        default=RECIPE_DEFAULTS["weight_decay"],
         description="Decay of the weights, added to their gradient.",
     ),
     Dimension(
         name="batch_size",
         domain=Choices((32, 64, 128, 256)),
-        default=64,
+        default=RECIPE_DEFAULTS["batch_size"],
         description="Samples a step.",
     ),
     Dimension(
         name="balancing",
         domain=Choices(tuple(BALANCINGS)),
-        default="fixed",
+        default=RECIPE_DEFAULTS["balancing"],
         # The others take a backward pass for each task.
         searched=Choices(("fixed", "uncertainty", "dwa", "random")),
         description="How the tasks' losses or gradients are combined.",
@@ -380,11 +381,6 @@ def dimensions(family: str, backbone: str, tasks: int) -> dict[str, Dimension]:
         *family_dimensions(family, backbone, tasks),
     )
     return {dimension.name: dimension for dimension in every}
-
-
-def recipe_of(candidate: Candidate) -> dict[str, Value]:
-    """How a candidate is trained; what an older one does not say is at its default."""
-    return {part.name: candidate.parameters.get(part.name, part.default) for part in RECIPE}
 
 
 def sizes_of(candidate: Candidate) -> dict[str, Any]:

@@ -17,7 +17,8 @@ from coterie.models.families import Grouped
 from coterie.models.metrics import Evaluator
 from coterie.models.stacked import STACKED_BATCH, StackedMLP, Subset
 from coterie.models.tasks import DENSE, TaskSet
-from coterie.search.space import recipe_of, sizes_of
+from coterie.search.recipe import recipe_of
+from coterie.search.space import sizes_of
 from coterie.search.store import AffinityResult, Candidate, SubsetResult
 from coterie.search.trial import Assignment, Bench, Samples, Training
 from coterie.search.work import AffinityRun, SubsetRun

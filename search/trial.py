@@ -36,7 +36,8 @@ from coterie.search.objective import (
     own_width_gain,
     task_metrics,
 )
-from coterie.search.space import build_candidate, recipe_of
+from coterie.search.recipe import recipe_of
+from coterie.search.space import build_candidate
 from coterie.search.store import Candidate, Ending, Measurement, Reference, StoredFile, TrialState
 
 CHECKPOINT = "checkpoint.safetensors"

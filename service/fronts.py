@@ -1,11 +1,12 @@
 """What can be asked of a job's front."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from coterie.models.tasks import Direction
+from coterie.search.confirmed import summarise
 from coterie.search.faults import Fault
 from coterie.search.front import non_dominated
 from coterie.search.spec import ConstraintSpec
@@ -15,12 +16,8 @@ from coterie.service.cursors import InvalidQuery, decode_cursor, encode_cursor
 from coterie.service.documents import Document, parse
 from coterie.service.storage.shown import ShownRow
 from coterie.service.storage.store import confirmation_of
-from coterie.service.storage.tables import ConfirmationRow
 from coterie.service.storage.trials import TrialRepository
 from coterie.service.views import metrics_of, point_view, step_view, trial_view
-
-if TYPE_CHECKING:
-    from coterie.search.confirm import PointSummary
 
 _HISTORY = "history"
 
@@ -76,7 +73,7 @@ def read_front(
             )
             rows = trials.points(job_id, numbers)
         confirmations = jobs.confirmations(job_id)
-    confirmed = _summaries(confirmations) if confirmations else {}
+    confirmed = summarise([confirmation_of(row) for row in confirmations])
     return {
         "objectives": [{"metric": metric, "direction": direction} for metric, direction in objectives],
         "reference_point": reference,
@@ -147,12 +144,6 @@ def unknown_metric(parameter: str, known: Iterable[str]) -> InvalidQuery:
     return InvalidQuery(
         [Fault(f"/query/{parameter}", f"must name metrics of the job, which are {', '.join(known)}")]
     )
-
-
-def _summaries(rows: Sequence[ConfirmationRow]) -> Mapping[str, "PointSummary"]:
-    from coterie.search.confirm import summarise  # brings torch
-
-    return summarise([confirmation_of(row) for row in rows])
 
 
 def _other_front(

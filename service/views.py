@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from coterie.search.confirmed import PointSummary, Spread
 from coterie.search.store import COSTS, JobState, TrialState
 from coterie.service import schemas
 from coterie.service.documents import Document, parse, verbatim
@@ -13,9 +14,6 @@ from coterie.service.storage.events import EventKind
 from coterie.service.storage.queue import Place
 from coterie.service.storage.shown import ShownRow, named
 from coterie.service.storage.tables import EventRow, ReferenceRow
-
-if TYPE_CHECKING:  # it brings torch, which no view needs
-    from coterie.search.confirm import PointSummary, Spread
 
 
 def job_view(row: ShownRow, place: Place | None, dashboard_url: str | None, now: datetime) -> Document:
@@ -95,7 +93,7 @@ def measurement_view(row: ShownRow) -> Document:
     return shown | {"values": verbatim(shown["values"]), "tasks": verbatim(shown["tasks"])}
 
 
-def point_view(row: ShownRow, confirmed: "PointSummary | None") -> Document:
+def point_view(row: ShownRow, confirmed: PointSummary | None) -> Document:
     """A `schemas.FrontPoint` of a row of `shown.FRONT_POINT`, with what fresh seeds gave."""
     shown = named(row)
     return {
@@ -140,7 +138,7 @@ def metrics_of(spec: Mapping[str, Any]) -> list[str]:
     return [*objectives, *(cost for cost in COSTS if cost not in objectives)]
 
 
-def _confirmed(summary: "PointSummary") -> schemas.Confirmed:
+def _confirmed(summary: PointSummary) -> schemas.Confirmed:
     over_shared = summary.over_shared
     return schemas.Confirmed(
         seeds=summary.seeds,
@@ -151,7 +149,7 @@ def _confirmed(summary: "PointSummary") -> schemas.Confirmed:
     )
 
 
-def _spreads(spreads: "Mapping[str, Spread]") -> dict[str, schemas.Spread]:
+def _spreads(spreads: Mapping[str, Spread]) -> dict[str, schemas.Spread]:
     return {name: schemas.Spread(mean=spread.mean, std=spread.std) for name, spread in spreads.items()}
 
 

@@ -18,14 +18,13 @@ from coterie.models.backbones import MLP
 from coterie.models.tasks import Direction, Grouping
 from coterie.search.baselines import default_candidate
 from coterie.search.confirm import (
-    FALSE_ALARMS,
     LEAST_GAIN,
     choose_points,
     make_verdict,
     plan_confirmation,
     retrained,
-    summarise,
 )
+from coterie.search.confirmed import FALSE_ALARMS, summarise
 from coterie.search.plan import Plan, make_plan, measure_size
 from coterie.search.seeds import derive_seed
 from coterie.search.space import build_candidate

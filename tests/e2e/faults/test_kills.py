@@ -18,7 +18,7 @@ from typing import Any
 import psutil
 import pytest
 
-from coterie.search.confirm import summarise
+from coterie.search.confirmed import summarise
 from coterie.service.storage.database import Database
 from coterie.service.storage.store import SqlTrialStore
 from tests.e2e.faults.conftest import Server, alive, serving
