@@ -29,6 +29,7 @@ from coterie.search.store import JOB_ENDED, DiskFull, FilesUnavailable, StoreUna
 from coterie.service.config import Settings
 from coterie.service.files import ORDER_FILE, claim_root, drop_working_files, remove_job_files
 from coterie.service.liveness import Listener
+from coterie.service.planner import own_gpus
 from coterie.service.ray_head import RayHead, RayHeadError, start_head
 from coterie.service.storage.database import Database
 from coterie.service.storage.files import FileRepository
@@ -104,12 +105,7 @@ class Dispatcher:
         """CPUs and GPUs of the largest node that a trial can be on; no limit is known of a remote cluster."""
         if self._settings.ray_address is not None:
             return float("inf"), float("inf")
-        if self._settings.gpus is None:
-            import torch  # slow: the server starts without it
-
-            gpus = torch.cuda.device_count()
-        else:
-            gpus = self._settings.gpus
+        gpus = own_gpus() if self._settings.gpus is None else self._settings.gpus
         return float(self._settings.node_cpus), float(gpus)
 
     def _run(self) -> None:

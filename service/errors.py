@@ -24,6 +24,7 @@ from coterie.service.cursors import InvalidQuery
 from coterie.service.fronts import NoneFits
 from coterie.service.gate import TooManyRequests
 from coterie.service.hub import TooManyStreams
+from coterie.service.planner import PlannerUnavailable
 from coterie.service.request_id import current_request_id
 from coterie.service.routes.authentication import Unauthenticated, WrongHost
 from coterie.service.routes.file_response import OutOfRange
@@ -76,6 +77,9 @@ KINDS: Mapping[type[Exception], Kind] = {
     ),
     ConversionFailed: Kind(
         HTTPStatus.INTERNAL_SERVER_ERROR, "conversion-failed", "The network can't be converted"
+    ),
+    PlannerUnavailable: Kind(
+        HTTPStatus.SERVICE_UNAVAILABLE, "planner-unavailable", "The server can't plan a job now"
     ),
     DiskFull: Kind(HTTPStatus.INSUFFICIENT_STORAGE, "disk-full", "The server has no space left"),
     FilesUnavailable: Kind(

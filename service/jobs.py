@@ -14,6 +14,7 @@ from coterie.service.cursors import decode_cursor, encode_cursor
 from coterie.service.documents import Document
 from coterie.service.files import remove_job_files
 from coterie.service.job_log import read_tail
+from coterie.service.planner import PLANNER
 from coterie.service.storage.audit import audit
 from coterie.service.storage.queue import Place, check_quota
 from coterie.service.storage.repositories import Idempotency, JobRepository
@@ -29,13 +30,11 @@ def submit_job(context: Context, body: bytes, key: str | None) -> tuple[Document
         SpecError: If it breaks the schema, or names what does not exist.
         Conflict: If the key was used for another body.
         QuotaExceeded: If the tenant may have no more jobs or files; not where it is a job made before.
+        PlannerUnavailable: If it can't be checked now.
     """
-    from coterie.search.objective import metric_directions  # with torch: the server starts without it
-    from coterie.search.plan import make_plan
-
     document = parse_json(body)
     spec = validate(JobSpec, document)
-    plan = make_plan(spec)
+    directions = PLANNER.plan_job(spec)
     _check_resources(spec.resources, context.dispatcher.node_resources)
     digest = hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()
     now = datetime.now(UTC)
@@ -43,7 +42,7 @@ def submit_job(context: Context, body: bytes, key: str | None) -> tuple[Document
         jobs = context.jobs(session)
         row, new = jobs.create(
             spec,
-            metric_directions(plan.tasks),
+            directions,
             now,
             None if key is None else Idempotency(key, digest),
         )

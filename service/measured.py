@@ -1,10 +1,10 @@
 """What was trained beside a job's trials: its references, and how much its tasks help each other."""
 
 from coterie.search.faults import SpecError
-from coterie.search.spec import JobSpec
 from coterie.service import schemas
 from coterie.service.context import Context
 from coterie.service.cursors import decode_cursor, encode_cursor
+from coterie.service.planner import PLANNER
 from coterie.service.storage.repositories import Conflict
 from coterie.service.storage.store import affinity_of, subset_of
 from coterie.service.views import network_settings, reference_view
@@ -47,11 +47,8 @@ def list_affinities(context: Context, job_id: str) -> schemas.Page[schemas.Affin
     Raises:
         NotFound: If the job does not exist.
         Conflict: If its data set is not installed any more, so that nothing is known of its tasks.
+        PlannerUnavailable: If nobody can say now.
     """
-    from coterie.models.affinity import AFFINITY_LR  # with torch: the server starts without it
-    from coterie.search.affinity import one_step_affinity, pairwise_affinity
-    from coterie.search.plan import make_plan
-
     with context.database.read() as session:
         jobs = context.jobs(session)
         row = jobs.get(job_id)
@@ -61,25 +58,23 @@ def list_affinities(context: Context, job_id: str) -> schemas.Page[schemas.Affin
     if setting is None:
         return schemas.Page(items=[], next_cursor=None)
     try:
-        tasks = make_plan(JobSpec.model_validate(row.spec)).tasks
+        found = PLANNER.tabulate_affinities(row.spec, one_step, subsets)
     except SpecError as error:
         raise Conflict(f"job {job_id} can't be read any more: {error}") from error
-    tables = {"one_step": one_step_affinity(one_step, tasks), "pairwise": pairwise_affinity(subsets, tasks)}
     return schemas.Page(
         items=[
             schemas.Affinity(
                 method=method,
-                description=_DESCRIPTIONS[method].format(step=AFFINITY_LR),
-                tasks=list(tasks.names),
+                description=_DESCRIPTIONS[method].format(step=found["step"]),
+                tasks=found["tasks"],
                 **network_settings(setting["backbone"], setting["recipe"]),
                 epochs=setting["epochs"],
-                seeds=table.seeds,
+                seeds=table["seeds"],
                 split=_SPLITS[method],
-                matrix=table.mean,
-                standard_error=table.standard_error,
+                matrix=table["mean"],
+                standard_error=table["standard_error"],
             )
-            for method, table in tables.items()
-            if table is not None
+            for method, table in found["tables"].items()
         ],
         next_cursor=None,
     )

@@ -24,6 +24,7 @@ from rich.console import Console
 
 from coterie.service import VERSION
 from coterie.service.config import Settings
+from coterie.service.planner import PLANNER
 from coterie.service.ray_head import TOKEN_FILE
 from coterie.service.request_id import RequestIdFilter
 
@@ -34,7 +35,6 @@ LOCK_FILE = "lock"
 BACKLOG = 128
 FREE_CONNECTIONS_SECONDS = 5  # for answers under way when the server is told to stop
 DASHBOARD_POLL_SECONDS = 0.2
-FIRST_ANSWERS_SECONDS = 2.0  # that Ray's start and the first pages have the machine for themselves
 _ADVICE = "Ctrl-C stops it; jobs that run go on when it is started again."
 OTHER_FILES = 500  # besides those of connections: the database's, those that are sent, Ray's pipes
 
@@ -125,11 +125,10 @@ class _Server(uvicorn.Server):
         for line in self._lines:
             self._console.print(line)
         self._dashboard = asyncio.create_task(self._show_dashboard())
-        self._search = asyncio.create_task(self._prepare_search())
+        self._planner = asyncio.create_task(asyncio.to_thread(PLANNER.start))
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         self._dashboard.cancel()
-        self._search.cancel()
         self._app.state.context.hub.end_streams()  # or they would be waited for
         await super().shutdown(sockets)
 
@@ -140,19 +139,9 @@ class _Server(uvicorn.Server):
             await asyncio.sleep(DASHBOARD_POLL_SECONDS)
         self._console.print(f"  Ray dashboard  {dispatcher.dashboard_url}")
 
-    async def _prepare_search(self) -> None:
-        """Import what plans a job, behind the first answers, so that the first submission need not wait."""
-        await asyncio.sleep(FIRST_ANSWERS_SECONDS)
-        await asyncio.to_thread(_import_search)
-
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """End gracefully: uvicorn's forced end after a second Ctrl-C would leave Ray behind."""
         self.should_exit = True
-
-
-def _import_search() -> None:
-    import coterie.search.catalogue
-    import coterie.search.plan  # noqa: F401 # with torch this takes seconds
 
 
 def _log() -> None:

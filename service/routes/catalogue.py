@@ -1,12 +1,14 @@
 """What a spec can name: data sets, families, backbones, metrics."""
 
+from functools import cache
 from http import HTTPStatus
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 from fastapi import APIRouter
 
 from coterie.service import schemas
 from coterie.service.errors import problem_responses
+from coterie.service.planner import PLANNER, Kind
 from coterie.service.routes.parameters import NO_QUERY
 
 router = APIRouter(
@@ -16,7 +18,6 @@ router = APIRouter(
     responses=problem_responses(HTTPStatus.BAD_REQUEST),
 )
 Item = TypeVar("Item", bound=schemas.CatalogueItem)
-Kind = Literal["datasets", "families", "backbones", "metrics"]
 
 
 @router.get("/datasets")
@@ -43,13 +44,8 @@ def list_metrics() -> schemas.Page[schemas.MetricItem]:
     return _page(schemas.MetricItem, "metrics")
 
 
+@cache
 def _page(model: type[Item], kind: Kind) -> schemas.Page[Item]:
-    from coterie.search import catalogue  # with torch: the server starts without it
-
-    listed = {
-        "datasets": catalogue.datasets,
-        "families": catalogue.families,
-        "backbones": catalogue.backbones,
-        "metrics": catalogue.metrics,
-    }
-    return schemas.Page(items=[model.model_validate(item) for item in listed[kind]()], next_cursor=None)
+    """Asked for once: what is installed stays the same while a server runs."""
+    items = [model.model_validate(item) for item in PLANNER.catalogue(kind)]
+    return schemas.Page(items=items, next_cursor=None)

@@ -3,11 +3,11 @@
     python tests/benchmarks/streams.py [--bare] [--databases sqlite postgresql] [--clients 500] [--seconds 10]
 
 The server runs in a process of its own, without a Ray head but with all in memory that `coterie serve`
-imports, torch and Ray's client above all; with `--bare`, without these two. Clients and writer share this
-process. The clients first all follow one job, then 100 jobs; a writer commits `RATE` events a second, each of
-some 400 bytes, to these jobs in turn. Printed: the server's resident memory without a client and with them,
-its CPU time, how many of the events reached their clients, and the time from commit to client, p50 and p95 in
-ms. With so many clients on a job, that is above all the time in which server and this process handle so many
+imports, Ray's client above all; with `--bare`, without that. Clients and writer share this process. The
+clients first all follow one job, then 100 jobs; a writer commits `RATE` events a second, each of some 400
+bytes, to these jobs in turn. Printed: the server's resident memory without a client and with them, its CPU
+time, how many of the events reached their clients, and the time from commit to client, p50 and p95 in ms.
+With so many clients on a job, that is above all the time in which server and this process handle so many
 messages.
 """
 
@@ -76,8 +76,6 @@ def serve(data_dir: Path, url: str, bare: bool) -> None:
         import ray.job_submission  # noqa: F401
 
         import coterie.service.dispatcher  # noqa: F401
-
-        serving._import_search()
     settings = Settings(data_dir=data_dir, database_url=url, _env_file=None)
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -216,7 +214,7 @@ def main() -> None:
     parser.add_argument("--databases", nargs="+", choices=DATABASES, default=DATABASES)
     parser.add_argument("--clients", type=int, default=500)
     parser.add_argument("--seconds", type=float, default=10.0)
-    parser.add_argument("--bare", action="store_true", help="without torch and Ray in the server")
+    parser.add_argument("--bare", action="store_true", help="without Ray's client in the server")
     parser.add_argument("--serve", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--url", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

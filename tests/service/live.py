@@ -72,7 +72,7 @@ def live_server(
             assert thread.is_alive()
             time.sleep(0.005)
         try:
-            with httpx.Client(base_url=url, timeout=60) as client:  # the first job brings torch
+            with httpx.Client(base_url=url, timeout=60) as client:  # the first job waits for torch
                 live = LiveServer(url, settings, dispatcher, client)
                 yield live
                 live.database.close()
