@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import Row, Select, func, select
+from sqlalchemy import BindParameter, Row, bindparam, func, select
 from sqlalchemy.orm import Session
 
 from coterie.search.store import JobState
@@ -217,7 +217,7 @@ def check_quota(session: Session, tenant: str, defaults: Limits, now: datetime) 
 
 def read_queue(session: Session, defaults: Limits, now: datetime) -> Queue:
     """What waits now; `defaults` are the limits of tenants that have none of their own."""
-    rows = session.execute(_estimated().where(JobRow.state == JobState.QUEUED)).all()
+    rows = session.execute(_QUEUED).all()
     typical = _typical_seconds(session) if rows else math.inf
     waiting = [
         Waiting(
@@ -238,12 +238,7 @@ def read_queue(session: Session, defaults: Limits, now: datetime) -> Queue:
 def read_places(session: Session, defaults: Limits, now: datetime) -> dict[str, Place]:
     """The place of every job that waits now, by its id; `defaults` as `read_queue` has them."""
     typical = _typical_seconds(session)
-    running = session.execute(
-        _estimated()
-        .add_columns(JobRow.eta_seconds, JobRow.eta_at, AttemptRow.last_seen_at)
-        .join(AttemptRow, (AttemptRow.job_id == JobRow.id) & (AttemptRow.attempt == JobRow.attempt))
-        .where(JobRow.state == JobState.RUNNING)
-    ).all()
+    running = session.execute(_RUNNING).all()
     until = [
         row.last_seen_at.timestamp() + _seconds_left(row.budget, row.seconds, typical)
         if row.eta_seconds is None
@@ -265,10 +260,8 @@ def _read_shares(
     names = list(tenants)
     if not names:
         return {}
-    by_tenant = select(JobRow.tenant).where(JobRow.tenant.in_(names)).group_by(JobRow.tenant)
-    running = session.execute(by_tenant.add_columns(func.count()).where(JobRow.state == JobState.RUNNING))
-    served_at = session.execute(by_tenant.add_columns(func.max(JobRow.started_at)))
-    counts, last_starts = _by_tenant(running), _by_tenant(served_at)
+    counts = _by_tenant(session.execute(_RUN_BY_TENANTS, {"names": names}))
+    last_starts = _by_tenant(session.execute(_LAST_STARTS, {"names": names}))
     return {
         name: replace(share, running=counts.get(name, 0), served_at=last_starts.get(name))
         for name, share in _with_limits(session, names, defaults, now).items()
@@ -276,13 +269,8 @@ def _read_shares(
 
 
 def _with_limits(session: Session, names: Sequence[str], defaults: Limits, now: datetime) -> dict[str, Share]:
-    charged = session.execute(
-        select(TenantUsageRow.tenant, TenantUsageRow.device_seconds).where(
-            TenantUsageRow.tenant.in_(names), TenantUsageRow.month == month_of(now)
-        )
-    )
-    device_seconds = _by_tenant(charged)
-    rows = {row.name: row for row in session.scalars(select(TenantRow).where(TenantRow.name.in_(names)))}
+    device_seconds = _by_tenant(session.execute(_CHARGED, {"names": names, "month": month_of(now)}))
+    rows = {row.name: row for row in session.scalars(_TENANTS, {"names": names})}
     return {
         name: Share(device_seconds=device_seconds.get(name, 0.0), limits=limits_of(rows.get(name), defaults))
         for name in names
@@ -293,29 +281,44 @@ def _by_tenant(rows: Iterable[Row[str, Any]]) -> dict[str, Any]:
     return {row[0]: row[1] for row in rows}
 
 
-def _estimated() -> Select[tuple[object, ...]]:
-    """Columns to tell from how long a job will run; its spec is long, and one number of it is enough."""
-    return select(
-        JobRow.id,
-        JobRow.tenant,
-        JobRow.priority,
-        JobRow.position,
-        JobRow.started_at,
-        JobRow.seconds,
-        JobRow.spec["budget"]["seconds"].as_float().label("budget"),
-    )
-
-
 def _typical_seconds(session: Session) -> float:
     """Median time that the newest jobs ran which succeeded; infinite before the first."""
-    newest = session.scalars(
-        select(JobRow.seconds)
-        .where(JobRow.state == JobState.SUCCEEDED)
-        .order_by(JobRow.position.desc())
-        .limit(TYPICAL_JOBS)
-    ).all()
+    newest = session.scalars(_NEWEST).all()
     return statistics.median(newest) if newest else math.inf
 
 
 def _seconds_left(budget: float | None, used: float, typical: float) -> float:
     return max(0.0, min(math.inf if budget is None else budget, typical) - used)
+
+
+# The statements are made once: to put one together takes as long as to run it.
+# From how long a job will run; its spec is long, and one number of it is enough.
+_ESTIMATED = select(
+    JobRow.id,
+    JobRow.tenant,
+    JobRow.priority,
+    JobRow.position,
+    JobRow.started_at,
+    JobRow.seconds,
+    JobRow.spec["budget"]["seconds"].as_float().label("budget"),
+)
+_QUEUED = _ESTIMATED.where(JobRow.state == JobState.QUEUED)
+_RUNNING = (
+    _ESTIMATED.add_columns(JobRow.eta_seconds, JobRow.eta_at, AttemptRow.last_seen_at)
+    .join(AttemptRow, (AttemptRow.job_id == JobRow.id) & (AttemptRow.attempt == JobRow.attempt))
+    .where(JobRow.state == JobState.RUNNING)
+)
+_NEWEST = (
+    select(JobRow.seconds)
+    .where(JobRow.state == JobState.SUCCEEDED)
+    .order_by(JobRow.position.desc())
+    .limit(TYPICAL_JOBS)
+)
+_NAMES: BindParameter[Any] = bindparam("names", expanding=True)
+_BY_TENANT = select(JobRow.tenant).where(JobRow.tenant.in_(_NAMES)).group_by(JobRow.tenant)
+_RUN_BY_TENANTS = _BY_TENANT.add_columns(func.count()).where(JobRow.state == JobState.RUNNING)
+_LAST_STARTS = _BY_TENANT.add_columns(func.max(JobRow.started_at))
+_CHARGED = select(TenantUsageRow.tenant, TenantUsageRow.device_seconds).where(
+    TenantUsageRow.tenant.in_(_NAMES), TenantUsageRow.month == bindparam("month")
+)
+_TENANTS = select(TenantRow).where(TenantRow.name.in_(_NAMES))

@@ -243,16 +243,17 @@ class IdleDispatcher:
 
 def serve(data_dir: str, url: str, port: int) -> None:
     """The real application, served as the command does."""
-    import uvicorn
+    from rich.console import Console
 
     from coterie.service import serving
     from coterie.service.app import create_app
     from coterie.service.config import Settings
 
     settings = Settings(data_dir=Path(data_dir), database_url=url, _env_file=None)
-    config = serving.server_config(create_app(settings, IdleDispatcher()), settings)
+    app = create_app(settings, IdleDispatcher())
+    server = serving._Server(serving.server_config(app, settings), app, [], Console(quiet=True))
     with socket.create_server(("127.0.0.1", port), backlog=serving.BACKLOG) as listener:
-        uvicorn.Server(config).run([listener])
+        server.run([listener])
 
 
 class Nothing(asyncio.Protocol):
