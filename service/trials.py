@@ -121,11 +121,11 @@ def find_file(context: Context, trial_id: str, name: str) -> tuple[Location, Sto
     stored = StoredFile(**row.files[name])
     try:
         with reaching(file, FileNotFoundError):
-            size = file.stat().st_size
+            intact = _in_place(file, context.settings.jobs_dir) and file.stat().st_size == stored.size
     except FileNotFoundError:
         logger.error("%s, which trial %s wrote, is gone", file, trial_id)
         raise NotFound(f"the file {name} of trial {trial_id} is gone from the server's disk") from None
-    if size != stored.size or not _in_place(file, context.settings.jobs_dir):
+    if not intact:
         logger.error("%s is not the file that trial %s wrote: %s", file, trial_id, stored)
         raise NotFound(
             f"the file {name} of trial {trial_id} on the server's disk is not what the trial wrote"
@@ -137,7 +137,10 @@ def _in_place(file: Location, root: Location) -> bool:
     """Whether a file is where it is said to be: no link leads out of the artifacts."""
     if not isinstance(file, Path) or not isinstance(root, Path):
         return True  # there are no links
-    return file.is_file() and file.resolve() == root.resolve() / file.relative_to(root)
+    place = file.parent
+    if file.is_symlink() or place.resolve() != root.resolve() / place.relative_to(root):
+        return False
+    return file.is_file() or not file.exists()  # what is gone is told otherwise
 
 
 def convert_model(context: Context, trial_id: str, form: Form) -> Location:
