@@ -148,7 +148,7 @@ class _Server(uvicorn.Server):
 
 
 def _spare_the_collector() -> None:
-    """Let Python's collector pass over what is there for good: to go through it holds answers up for 90 ms."""
+    """Let Python's collector pass over what is there for good, which holds answers up for 90 ms."""
     gc.collect()
     gc.freeze()
 

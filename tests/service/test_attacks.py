@@ -117,7 +117,7 @@ def attacked(folder: Path, database_url: str | None = None) -> Iterator[Target]:
         handler.close()
     assert not target.opened
     assert "Traceback" not in log.read_text()
-    secret = token.rsplit("_", 1)[1].encode()
+    secret = token.split("_", 2)[2].encode()
     assert len(secret) > 16
     files = [file for file in folder.rglob("*") if file.is_file() and file != outside]
     assert log in files
@@ -394,7 +394,7 @@ def test_a_forged_cursor_is_refused_or_finds_nothing(on_either: Target) -> None:
 
 @pytest.mark.parametrize("attack", SQL)
 def test_sql_in_a_token_opens_nothing(target: Target, attack: str) -> None:
-    token_id = target.token.rsplit("_", 1)[0]
+    token_id = "_".join(target.token.split("_", 2)[:2])
     for token in (attack, f"{token_id}_{attack}", f"coterie_{attack}_{attack}"):
         answer = target.client.get("/v1/jobs", headers={"Authorization": f"Bearer {token}"})
         refused(answer, 401)
@@ -517,7 +517,7 @@ def test_a_pickle_for_weights_is_not_unpickled(target: Target, restored: Path, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind", ["a header without end", "tensors beyond the file", "a layer of a petabyte", "[[["]
+    "kind", ["a header without end", "tensors beyond the file", "a layer of a petabyte", "nested"]
 )
 def test_a_file_that_sql_knows_and_that_means_harm_is_not_converted(
     target: Target, restored: Path, kind: str
