@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from coterie.service.errors import INTERNAL, Kind, problem_response
 from coterie.service.request_id import HEADER, current_request_id, make_request_id
+from coterie.service.routes.file_response import ONLY_HEAD
 
 LIMIT_URL = 8192  # bytes; what proxies and browsers commonly take
 LIMIT_HEADERS = 16_384  # bytes of names and values
@@ -200,7 +201,7 @@ class HeadAsGet:
                 # The answer ends here, so that a stream sees its client gone and ends too.
                 await send({"type": "http.response.body", "body": b""})
 
-        await self._app({**scope, "method": "GET"}, receive, send_head)
+        await self._app({**scope, "method": "GET", ONLY_HEAD: True}, receive, send_head)
 
 
 class ConditionalGet:

@@ -12,10 +12,12 @@ import anyio
 from anyio.to_thread import run_sync
 from fastapi.responses import FileResponse
 from starlette.responses import MalformedRangeHeader, RangeNotSatisfiable
+from starlette.types import Receive, Scope, Send
 
 from coterie.search.artifacts import Location, reaching
 
 BLOCK_BYTES = 2**22  # fetched at a time, beyond what is read: by default 50 MB, for each who reads
+ONLY_HEAD = "coterie.only_head"  # in the scope of a GET that was a HEAD
 DIGESTS = 1000  # of files, remembered
 
 
@@ -42,6 +44,11 @@ class FileAnswer(FileResponse):
     def __init__(self, file: Location, **options: Any) -> None:
         super().__init__(str(file), stat_result=_stat(file), **options)
         self._file = file
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer a request."""
+        method = "HEAD" if ONLY_HEAD in scope else scope["method"]
+        await super().__call__({**scope, "method": method}, receive, send)
 
     @classmethod
     def _parse_range_header(cls, http_range: str, file_size: int) -> list[tuple[int, int]]:

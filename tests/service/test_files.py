@@ -23,6 +23,7 @@ from coterie.search.store import (
 )
 from coterie.service import trials
 from coterie.service.config import Settings
+from coterie.service.routes import file_response
 from coterie.service.storage.tables import Table
 from tests.service.conftest import Problem, Server, complete, confirm, on_front, open_server, trial
 from tests.service.live import LiveServer, finished_job, live_server
@@ -101,6 +102,17 @@ def test_a_part_of_a_file(live: LiveServer, what: str, ranges: str, start: int, 
     assert answer.headers["etag"] == tag_of(what)
     head = ask(live, what, "HEAD", Range=ranges)
     assert head.content == b""
+
+
+@every_file
+def test_nothing_is_read_of_a_file_whose_head_is_asked_for(
+    live: LiveServer, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = ask(live, what).headers
+    monkeypatch.delattr(file_response, "_open")
+    head = ask(live, what, "HEAD")
+    assert (head.status_code, head.content) == (200, b"")
+    assert all(head.headers[name] == whole[name] for name in ("etag", "content-length", "content-type"))
 
 
 @every_file
