@@ -16,6 +16,7 @@ from coterie.search.spec import JobSpec, TaskChoice
 from coterie.search.store import JOB_ENDED, JobState, Setting, TrialState
 from coterie.service.storage import shown
 from coterie.service.storage.database import take_long
+from coterie.service.storage.events import EventKind
 from coterie.service.storage.queue import Hold, Place, lock_queue, read_places, read_queue
 from coterie.service.storage.shown import ShownRow
 from coterie.service.storage.states import end_job, release_job, tell_job
@@ -25,9 +26,9 @@ from coterie.service.storage.tables import (
     AffinityRow,
     AttemptRow,
     ConfirmationRow,
+    EventRow,
     JobReferenceRow,
     JobRow,
-    MeasurementRow,
     ReferenceRow,
     SubsetRow,
     TrialRow,
@@ -357,6 +358,7 @@ class JobRepository:
                 last_seen_at=now,
                 preempted=False,
                 side_device_seconds=0.0,
+                events_before=row.last_event,
             )
         )
         tell_job(self._session, row, now)
@@ -424,15 +426,14 @@ class JobRepository:
     def attempts_without_progress(self, job_id: str) -> int:
         """How many of the last attempts in a row recorded no epoch, no ended trial and no side run."""
         last_epoch = (
-            select(func.max(MeasurementRow.at))
-            .join(TrialRow, TrialRow.id == MeasurementRow.trial_id)
-            .where(TrialRow.job_id == job_id)
+            select(func.max(EventRow.sequence))
+            .where(EventRow.job_id == job_id, EventRow.kind == EventKind.MEASUREMENT)
             .scalar_subquery()
         )
         ended_a_trial = select(func.max(TrialRow.attempt)).where(TrialRow.job_id == job_id)
         trained = select(func.max(AttemptRow.attempt)).where(
             AttemptRow.job_id == job_id,
-            or_(AttemptRow.side_device_seconds > 0, AttemptRow.started_at < last_epoch),
+            or_(AttemptRow.side_device_seconds > 0, AttemptRow.events_before < last_epoch),
         )
         last = max(self._session.scalar(query) or 0 for query in (ended_a_trial, trained))
         return (

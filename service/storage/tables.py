@@ -139,6 +139,7 @@ class AttemptRow(Table):
     seconds: Mapped[float] = mapped_column(server_default="0")
     side_device_seconds: Mapped[float]  # for references, subset networks, affinities and confirming runs
     last_write_digest: Mapped[str | None] = mapped_column(String(64))  # tells the driver that it was kept
+    events_before: Mapped[int] = mapped_column(server_default="0")  # how many the job had when it began
 
 
 class TrialRow(Table):

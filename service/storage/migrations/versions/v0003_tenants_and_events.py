@@ -184,6 +184,7 @@ def _add_columns() -> None:
         op.create_index(op.f(f"ix_jobs_{'_'.join(names)}"), "jobs", names)
     op.add_column("attempts", sa.Column("seconds", sa.Double(), server_default="0", nullable=False))
     op.add_column("attempts", sa.Column("last_write_digest", sa.String(length=64), nullable=True))
+    op.add_column("attempts", sa.Column("events_before", sa.Integer(), server_default="0", nullable=False))
     op.create_index(
         "ix_trials_front", "trials", ["job_id", "number"], sqlite_where=ON_FRONT, postgresql_where=ON_FRONT
     )
