@@ -472,8 +472,8 @@ class Job:
     def events(self, after: int = 0) -> Iterator[Document]:
         """What happens to it, as it happens, until it has ended; none is left out or comes twice.
 
-        When the connection breaks or the server restarts, it goes on where it was, however long that takes. Of a
-        job that ended long ago the operator may have removed the events of trials and epochs.
+        When the connection breaks or the server restarts, it goes on where it was, however long that takes.
+        Of a job that ended long ago the operator may have removed the events of trials and epochs.
 
         Args:
             after: Only events of a higher `sequence`.
