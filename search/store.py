@@ -75,6 +75,10 @@ class FilesUnavailable(Exception):
     """A file of the job's can't be written or read now: no fault of a trial's; it goes on when it can."""
 
 
+# Ends the reason of a job whose driver gave it back for that.
+GOES_ON = "it goes on when that is over"
+
+
 class DiskFull(FilesUnavailable):
     """There was no space left for a file of the job's; it goes on when there is."""
 

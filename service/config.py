@@ -97,7 +97,7 @@ class Settings(BaseSettings):
     )
     lease_seconds: float = Field(
         default=30,
-        gt=0,
+        ge=10,  # a driver beats every 2 s, and waits up to 5 s for a database that is away
         description="A driver, or a process that trains, that was silent for so long is taken for dead.",
     )
     min_free_bytes: int = Field(

@@ -25,7 +25,7 @@ from typing import Any
 
 from coterie.search.artifacts import Location, reaching
 from coterie.search.disk import full_disk_told
-from coterie.search.store import JOB_ENDED, DiskFull, FilesUnavailable, StoreUnavailable
+from coterie.search.store import GOES_ON, JOB_ENDED, DiskFull, FilesUnavailable, StoreUnavailable
 from coterie.service.config import Settings
 from coterie.service.files import ORDER_FILE, claim_root, drop_working_files, remove_job_files
 from coterie.service.liveness import Listener
@@ -39,6 +39,7 @@ from coterie.service.storage.repositories import Claimed, JobRepository, Running
 logger = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5
+REST_SECONDS = 20.0  # before a job is tried again whose files can't be kept
 RETRY_SECONDS = 5.0  # after Ray or the database failed
 ANSWER_SECONDS = 20.0  # Ray takes up to 10 to find the agent that starts a job
 # In a row, before the embedded head is started anew: one that has lost its job agent lives, and takes no job.
@@ -65,8 +66,10 @@ class Dispatcher:
         self._head: RayHead | None = None
         self._client: Any = None
         self._owner = _owner(settings)
+        self._no_proxy = os.environ.get("NO_PROXY")
         self._listener = Listener(settings.lease_seconds)
         self._live: set[str] = set()  # submission ids of drivers that are not known to be gone
+        self._resting: dict[str, float] = {}  # until when a job is not started, by the monotonic clock
         self._left: deque[str] = deque()  # jobs that may have ended, and so need their working files no more
         self._problem: str | None = "Ray is starting"
         self._shortage: str | None = None  # that keeps jobs from starting
@@ -155,7 +158,7 @@ class Dispatcher:
         self._requeue_all("the server was restarted")
         head = self._head
         # Ray's client follows these before the address that it is given, and a proxy can't reach loopback.
-        os.environ |= head.environment() | {"NO_PROXY": f"{os.environ.get('NO_PROXY', '')},127.0.0.1"}
+        os.environ |= head.environment() | {"NO_PROXY": ",".join(filter(None, (self._no_proxy, "127.0.0.1")))}
         self._client = job_client(head.dashboard_url, head.headers())
 
     def _drop_head(self, reason: str) -> None:
@@ -195,6 +198,8 @@ class Dispatcher:
             elif job.tenant in spent:
                 self._preempt(job, "its tenant has used its device-seconds of this month")
         self._drop_working_files()
+        if self._problem is not None:  # or each try would be an attempt at some job
+            claim_root(self._settings, self._database)
         self._shortage = self._find_shortage()
         if self._shortage is None:
             self._claim()
@@ -218,7 +223,12 @@ class Dispatcher:
 
     def _claim(self) -> None:
         """Start jobs while there is room. A driver that is still ending takes a place, and keeps its job."""
+        now = time.monotonic()
+        self._resting = {job_id: end for job_id, end in self._resting.items() if end > now}
         while len(self._live) < self._settings.max_running_jobs and not self._stopping.is_set():
+            with self._database.read() as session:  # SQLite's one lock is not taken in vain
+                if not JobRepository(session).any_waits():
+                    return
             with self._database.write() as session:
                 jobs = JobRepository(session)
                 ending = self._live - {job.submission_id for job in jobs.running()}
@@ -228,13 +238,15 @@ class Dispatcher:
                     self._owner,
                     places=self._settings.max_running_jobs - len(ending),
                     defaults=self._settings.tenant_limits,
-                    busy={_job_of(submission_id) for submission_id in ending},
+                    busy={_job_of(submission_id) for submission_id in ending} | self._resting.keys(),
                 )
             if claimed is None:
                 return
             try:
                 self._submit(claimed)
-            except Exception:  # for no fault of the job's
+            except Exception as error:  # for no fault of the job's
+                if isinstance(error, FilesUnavailable):
+                    self._rest(claimed.job_id)
                 reason = "it could not be handed to Ray"
                 with self._database.write() as session:
                     JobRepository(session).requeue(
@@ -254,7 +266,16 @@ class Dispatcher:
             self._client.stop_job(submission_id)
             return
         self._live.discard(submission_id)
-        self._left.append(_job_of(submission_id))
+        job_id = _job_of(submission_id)
+        self._left.append(job_id)
+        with self._database.read() as session:
+            reason = FileRepository(session).reasons([job_id]).get(job_id)
+        if reason is not None and reason.endswith(GOES_ON):
+            self._rest(job_id)
+
+    def _rest(self, job_id: str) -> None:
+        """Let others go first for a while: its files can't be kept, and it may be the only one."""
+        self._resting[job_id] = time.monotonic() + REST_SECONDS
 
     def _drop_working_files(self) -> None:
         """Of the jobs that have ended; one that is paused or queued goes on from its checkpoints.
@@ -368,10 +389,11 @@ def _write_private(file: Location, text: str) -> None:
         with reaching(file):
             file.write_text(text)
         return
-    file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
-    with os.fdopen(descriptor, "w") as opened:
-        opened.write(text)
+    with reaching(file):
+        file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        descriptor = os.open(file, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600)
+        with os.fdopen(descriptor, "w") as opened:
+            opened.write(text)
 
 
 def _in_public(error: Exception) -> str:

@@ -182,8 +182,10 @@ def _none_fits(
         if values.get(metric) is not None
     ]
     if not measured:
-        return NoneFits(f"no trial of job {job_id} has completed yet", None)
-    number, values = min(measured, key=lambda trial: max(_excess(trial[1], bound) for bound in bounds))
+        return NoneFits(f"no completed trial of job {job_id} has a value of {metric} yet", None)
+    number, values = min(
+        measured, key=lambda trial: max((_excess(trial[1], bound) for bound in bounds), default=0.0)
+    )
     [nearest] = trials.points(job_id, [number])
     found = ", ".join(f"{bound.metric} {values.get(bound.metric)}" for bound in bounds)
     return NoneFits(

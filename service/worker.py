@@ -5,9 +5,11 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import ray
 
@@ -17,8 +19,9 @@ from coterie.search.plan import make_plan
 from coterie.search.recorder import Recorder, patiently
 from coterie.search.runner import drive as drive_search
 from coterie.search.spec import JobSpec
-from coterie.search.store import DiskFull, Fenced, FilesUnavailable, JobState
+from coterie.search.store import GOES_ON, Fenced, FilesUnavailable, JobState
 from coterie.search.trial import worker_name
+from coterie.service.body import validate
 from coterie.service.config import Settings
 from coterie.service.job_log import kept_log
 from coterie.service.storage.database import Database
@@ -47,13 +50,13 @@ def drive(settings: Settings, job_id: str, attempt: int) -> int:
     store = SqlTrialStore(database, job_id, attempt, timedelta(seconds=settings.lease_seconds))
     try:
         with Recorder(store):  # which says that the driver lives
-            plan = make_plan(spec)
+            plan = make_plan(validate(JobSpec, spec))
             ray.init(address=os.environ["RAY_ADDRESS"], logging_level=logging.WARNING)
         # Ray's own handler would run the interpreter's exit work first; the store needs none of it.
         signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
         artifacts = artifacts_at(settings.artifacts_of(job_id))
         state, reason = drive_search(plan, store, artifacts, silence=settings.lease_seconds)
-    except SpecError as error:  # what the job was submitted with is not installed any more
+    except SpecError as error:  # what it was submitted with is not installed any more, or another version's
         fault = str(error)
         patiently(lambda: store.finish(JobState.FAILED, fault))
         return 1
@@ -61,7 +64,7 @@ def drive(settings: Settings, job_id: str, attempt: int) -> int:
         logger.warning("%s", error)
         return FENCED
     except FilesUnavailable as error:
-        why = f"{error}; it goes on when {'there is' if isinstance(error, DiskFull) else 'they can'}"
+        why = f"{error}; {GOES_ON}"
         logger.warning("%s waits: %s", job_id, why)
         patiently(lambda: _give_back(database, job_id, attempt, why))
         return GAVE_BACK
@@ -69,13 +72,13 @@ def drive(settings: Settings, job_id: str, attempt: int) -> int:
     return 0 if state is JobState.SUCCEEDED else 1
 
 
-def _begin(database: Database, job_id: str, attempt: int) -> JobSpec | None:
+def _begin(database: Database, job_id: str, attempt: int) -> Mapping[str, Any] | None:
     """Say who drives the attempt, and read what to search; None where it is over already."""
     with database.write() as session:
         jobs = JobRepository(session)
         if not jobs.set_driver(job_id, attempt, worker_name(), datetime.now(UTC)):
             return None
-        return JobSpec.model_validate(jobs.get(job_id).spec)
+        return jobs.get(job_id).spec
 
 
 def _give_back(database: Database, job_id: str, attempt: int, reason: str) -> None:

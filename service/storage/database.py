@@ -61,6 +61,11 @@ class Database:
         self._closed = False
         event.listen(self.engine, "checkin", self._close_late)
         self._writer = self.engine.execution_options(**{_WRITES: True})
+        self._reader = self.engine
+        if self.engine.dialect.name == "postgresql":  # whose statements would each see another moment
+            self._reader = self.engine.execution_options(
+                isolation_level="REPEATABLE READ", postgresql_readonly=True
+            )
 
     @contextmanager
     def write(self) -> Iterator[Session]:
@@ -70,8 +75,8 @@ class Database:
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A transaction that only reads."""
-        with _translated(), Session(self.engine, expire_on_commit=False) as session:
+        """A transaction that only reads, all of it as of one moment."""
+        with _translated(), Session(self._reader, expire_on_commit=False) as session:
             yield session
 
     def check_reachable(self) -> None:

@@ -38,6 +38,11 @@ class FileRepository:
             found |= dict(rows.all())
         return found
 
+    def reasons(self, job_ids: Sequence[str]) -> dict[str, str | None]:
+        """Why these jobs are in their state, by id; without those that do not exist."""
+        rows = self._session.execute(select(JobRow.id, JobRow.reason).where(JobRow.id.in_(job_ids)))
+        return dict(rows.all())
+
     def files(self, job_id: str) -> dict[str, Collection[str]]:
         """The names of the files of a job's completed trials, by the trial's id."""
         query = select(TrialRow.id, TrialRow.files).where(

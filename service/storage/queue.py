@@ -217,8 +217,11 @@ def check_quota(session: Session, tenant: str, defaults: Limits, now: datetime) 
 
 def read_queue(session: Session, defaults: Limits, now: datetime) -> Queue:
     """What waits now; `defaults` are the limits of tenants that have none of their own."""
+    return _read_queue(session, defaults, now, _typical_seconds(session))
+
+
+def _read_queue(session: Session, defaults: Limits, now: datetime, typical: float) -> Queue:
     rows = session.execute(_QUEUED).all()
-    typical = _typical_seconds(session) if rows else math.inf
     waiting = [
         Waiting(
             job_id=row.id,
@@ -245,7 +248,7 @@ def read_places(session: Session, defaults: Limits, now: datetime) -> dict[str, 
         else row.eta_at.timestamp() + row.eta_seconds
         for row in running
     ]
-    return places_of(read_queue(session, defaults, now).order(), until, now)
+    return places_of(_read_queue(session, defaults, now, typical).order(), until, now)
 
 
 def spent_tenants(session: Session, tenants: Iterable[str], defaults: Limits, now: datetime) -> set[str]:

@@ -364,28 +364,30 @@ class JobRepository:
         tell_job(self._session, row, now)
         return Claimed(row.id, row.attempt, row.name)
 
+    def any_waits(self) -> bool:
+        """Whether some job is queued."""
+        queued = select(JobRow.position).where(JobRow.state == JobState.QUEUED).limit(1)
+        return self._session.scalar(queued) is not None
+
     def running(self) -> list[RunningJob]:
         """The running jobs, oldest first."""
         rows = self._session.execute(
-            select(JobRow, AttemptRow)
+            select(
+                JobRow.id.label("job_id"),
+                JobRow.tenant,
+                JobRow.attempt,
+                JobRow.owner,
+                JobRow.beats,
+                JobRow.submission_id,
+                func.coalesce(JobRow.lease_expires_at, AttemptRow.last_seen_at).label("lease_expires_at"),
+                AttemptRow.last_seen_at,
+                AttemptRow.driver,
+            )
             .join(AttemptRow, (AttemptRow.job_id == JobRow.id) & (AttemptRow.attempt == JobRow.attempt))
             .where(JobRow.state == JobState.RUNNING)
             .order_by(JobRow.position)
         )
-        return [
-            RunningJob(
-                job_id=job.id,
-                tenant=job.tenant,
-                attempt=job.attempt,
-                owner=job.owner,
-                beats=job.beats,
-                submission_id=job.submission_id,
-                lease_expires_at=job.lease_expires_at or attempt.last_seen_at,
-                last_seen_at=attempt.last_seen_at,
-                driver=attempt.driver,
-            )
-            for job, attempt in rows
-        ]
+        return [RunningJob(**row._mapping) for row in rows]
 
     def set_submission(self, job_id: str, attempt: int, submission_id: str) -> bool:
         """Note under which name Ray runs the attempt; False where the attempt is over."""

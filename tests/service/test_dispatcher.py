@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from coterie.search.spec import JobSpec
-from coterie.search.store import FolderArtifacts, JobState
+from coterie.search.store import GOES_ON, FilesUnavailable, FolderArtifacts, JobState
 from coterie.service import dispatcher as module
 from coterie.service import liveness
 from coterie.service.config import Settings
@@ -393,6 +393,60 @@ def test_a_full_disk_is_told_once_and_no_reason_to_start_ray_anew(
     assert (stage.ray.heads, list(stage.ray.jobs)) == (1, [f"{job}-{2 * module.MOST_RAY_FAILURES + 1}"])
     assert caplog.text.count("Traceback") == 2  # the disk's error, and what is made of it
     assert "the dispatcher does its work again" in caplog.text
+
+
+def test_a_job_whose_files_can_not_be_kept_lets_others_go_first(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = stage.submit(), stage.submit()
+    stage.dispatcher._tick()
+    with stage.database.write() as session:
+        why = f"no space left; {GOES_ON}"
+        assert JobRepository(session).requeue(first, 1, why, datetime.now(UTC), preempted=True)
+    stage.ray.jobs[f"{first}-1"] = "FAILED"
+    stage.dispatcher._tick()
+    assert [stage.job(job).state for job in (first, second)] == [JobState.QUEUED, JobState.RUNNING]
+    stage.cancel(second)
+    stage.ray.jobs[f"{second}-1"] = "STOPPED"
+    stage.dispatcher._tick()
+    assert stage.job(first).state == JobState.QUEUED
+    later = time.monotonic() + module.REST_SECONDS
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: later))
+    stage.dispatcher._tick()
+    assert stage.job(first).attempt == 2
+
+
+def test_while_the_place_of_files_is_away_no_job_begins(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, away = stage.submit(), [True]
+    claim_root = module.claim_root
+
+    def reach(*arguments: Any) -> None:
+        if away:
+            raise FilesUnavailable("the artifacts can't be reached")
+        claim_root(*arguments)
+
+    def write(*arguments: Any) -> None:
+        reach(stage.settings, stage.database)
+        write_private(*arguments)
+
+    write_private = module._write_private
+    monkeypatch.setattr(module, "_write_private", write)
+    monkeypatch.setattr(module, "claim_root", reach)
+    monkeypatch.setattr(module, "RETRY_SECONDS", 0.01)
+    monkeypatch.setattr(module, "REST_SECONDS", 0.0)
+    stage.dispatcher._problem = None
+    stage.dispatcher.start()
+    try:
+        stage.wait_for(lambda: not stage.dispatcher.ready()[0])
+        time.sleep(0.2)
+        assert stage.job(job).attempt == 1
+        away.clear()
+        stage.wait_for(lambda: bool(stage.ray.jobs))
+    finally:
+        stage.dispatcher.stop()
+    assert list(stage.ray.jobs) == [f"{job}-2"]
 
 
 def test_a_driver_that_writes_is_left_alone_whatever_the_clocks_say(

@@ -137,7 +137,7 @@ def test_where_none_fits_the_nearest_is_named(searched: tuple[Server, str], prob
 
 def test_before_a_trial_has_completed_there_is_no_best(server: Server, problem: Problem) -> None:
     job_id = server.submit()
-    assert "no trial" in problem(server.client.get(f"/v1/jobs/{job_id}/best"), 404)["detail"]
+    assert "no completed trial" in problem(server.client.get(f"/v1/jobs/{job_id}/best"), 404)["detail"]
     assert _front(server, job_id)["points"] == []
 
 

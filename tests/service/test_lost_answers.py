@@ -84,13 +84,6 @@ WRITES: dict[str, Write] = {
 }
 
 
-@pytest.fixture(params=["sqlite_database", "postgres_database"])
-def database(request: pytest.FixtureRequest) -> Database:
-    """Each kind of database in turn."""
-    database: Database = request.getfixturevalue(request.param)
-    return database
-
-
 @pytest.fixture
 def store(database: Database) -> SqlTrialStore:
     """Of a running job with a trial that waits and a reference."""

@@ -53,13 +53,6 @@ AFFINITY = AffinityResult(
 )
 
 
-@pytest.fixture(params=["sqlite_database", "postgres_database"])
-def database(request: pytest.FixtureRequest) -> Database:
-    """Each kind of database in turn."""
-    database: Database = request.getfixturevalue(request.param)
-    return database
-
-
 def _create(
     database: Database,
     *,

@@ -46,13 +46,6 @@ SETTING = Setting(data="d", backbone="b", recipe="r", epochs=1)
 CANDIDATE = Candidate(family="shared", backbone="mlp", parameters={})
 
 
-@pytest.fixture(params=["sqlite_database", "postgres_database"])
-def database(request: pytest.FixtureRequest) -> Database:
-    """Each kind of database in turn."""
-    database: Database = request.getfixturevalue(request.param)
-    return database
-
-
 class Story:
     """A job of a tenant, and all that can happen to it; what is forbidden just does not happen."""
 

@@ -31,13 +31,6 @@ from tests.service.streams import begin, end, happen, wait_until
 PAUSES = delivery.RETRY_SECONDS
 
 
-@pytest.fixture(params=["sqlite_database", "postgres_database"])
-def database(request: pytest.FixtureRequest) -> Database:
-    """Each kind of database in turn."""
-    database: Database = request.getfixturevalue(request.param)
-    return database
-
-
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(delivery, "RETRY_SECONDS", (0.02, 0.02))

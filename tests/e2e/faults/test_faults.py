@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from coterie.search.store import GOES_ON
 from tests.e2e.faults.conftest import Server, alive, serving
 from tests.e2e.faults.stories import story
 
@@ -263,7 +264,7 @@ def test_a_full_disk_fails_no_job_which_goes_on_when_there_is_space(
     if where == "apart":  # where SQLite could not write it down
         waiting = server.wait_for(lambda: is_queued(server, job))
         assert waiting["reason"].startswith("no space left on the disk of ")
-        assert waiting["reason"].endswith("; it goes on when there is")
+        assert waiting["reason"].endswith(f"; {GOES_ON}")
         assert waiting["progress"]["trials"]["running"] == 0
 
     full.ballast.unlink()

@@ -208,7 +208,7 @@ def _put_tenants_into_keys() -> None:
     connection = op.get_bind()
     uses = connection.execute(sa.text("SELECT job_id, reference FROM job_references")).mappings().all()
     for table, key in (("reference_networks", REFERENCE_KEY), ("affinities", AFFINITY_KEY)):
-        with op.batch_alter_table(table) as batch:
+        with op.batch_alter_table(table, table_kwargs={"sqlite_autoincrement": True}) as batch:
             batch.drop_constraint(op.f(f"uq_{table}_{'_'.join(key)}"), type_="unique")
             batch.create_unique_constraint(op.f(f"uq_{table}_tenant_{'_'.join(key)}"), ["tenant", *key])
     if uses and connection.dialect.name == "sqlite":
