@@ -1,19 +1,20 @@
-"""A disk without space left: what the libraries that write files make of it, in one word."""
+"""A disk without space left, or a shared one that is away: what libraries make of it, in one word each."""
 
 import errno
 from collections.abc import Iterator
 from contextlib import contextmanager
 from socket import gethostname
 
-from coterie.search.store import DiskFull
+from coterie.search.store import DiskFull, FilesUnavailable
 
 _FULL = (errno.ENOSPC, errno.EDQUOT)
+_AWAY = (errno.EIO, errno.EROFS, errno.ESTALE)
 _FULL_IN_RUST = tuple(f"(os error {number})" for number in _FULL)  # safetensors tells it in words alone
 
 
 @contextmanager
 def full_disk_told() -> Iterator[None]:
-    """Raise `DiskFull` in place of an error that came of it."""
+    """Raise `DiskFull` in place of an error that came of it, `FilesUnavailable` where a disk is away."""
     try:
         yield
     except DiskFull:
@@ -21,6 +22,8 @@ def full_disk_told() -> Iterator[None]:
     except Exception as error:
         if _means_full_disk(error):
             raise DiskFull(f"no space left on the disk of {gethostname()}") from error
+        if isinstance(error, OSError) and error.errno in _AWAY:
+            raise FilesUnavailable(f"a disk of {gethostname()} is away: {error.strerror}") from error
         raise
 
 

@@ -66,7 +66,7 @@ class Dispatcher:
         self._head: RayHead | None = None
         self._client: Any = None
         self._owner = _owner(settings)
-        self._no_proxy = os.environ.get("NO_PROXY")
+        self._no_proxy = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")  # as who reads them does
         self._listener = Listener(settings.lease_seconds)
         self._live: set[str] = set()  # submission ids of drivers that are not known to be gone
         self._resting: dict[str, float] = {}  # until when a job is not started, by the monotonic clock
@@ -158,7 +158,8 @@ class Dispatcher:
         self._requeue_all("the server was restarted")
         head = self._head
         # Ray's client follows these before the address that it is given, and a proxy can't reach loopback.
-        os.environ |= head.environment() | {"NO_PROXY": ",".join(filter(None, (self._no_proxy, "127.0.0.1")))}
+        direct = ",".join(filter(None, (self._no_proxy, "127.0.0.1")))
+        os.environ |= head.environment() | {"NO_PROXY": direct, "no_proxy": direct}
         self._client = job_client(head.dashboard_url, head.headers())
 
     def _drop_head(self, reason: str) -> None:
@@ -315,7 +316,8 @@ class Dispatcher:
     def _give_up(self, job: RunningJob, reason: str) -> None:
         with self._database.write() as session:
             jobs = JobRepository(session)
-            if not jobs.requeue(job.job_id, job.attempt, reason, _now()):
+            never_began = job.submission_id is None  # which is no fault of the job's
+            if not jobs.requeue(job.job_id, job.attempt, reason, _now(), preempted=never_began):
                 return  # it ended by itself meanwhile
             fruitless = jobs.attempts_without_progress(job.job_id)
             logger.warning("attempt %d at %s is over: %s", job.attempt, job.job_id, reason)

@@ -17,7 +17,7 @@ from coterie.search.store import JOB_ENDED, JobState, Setting, TrialState
 from coterie.service.storage import shown
 from coterie.service.storage.database import take_long
 from coterie.service.storage.events import EventKind
-from coterie.service.storage.queue import Hold, Place, lock_queue, read_places, read_queue
+from coterie.service.storage.queue import Hold, Place, lock_queue, read_places, read_queue, start_order
 from coterie.service.storage.shown import ShownRow
 from coterie.service.storage.states import end_job, release_job, tell_job
 from coterie.service.storage.store import visible_subsets
@@ -322,17 +322,20 @@ class JobRepository:
         lock_queue(self._session)
         if places is not None and self._running_of(owner) >= places:
             return None
-        for waiting, hold in read_queue(self._session, defaults, now).order():
+        queue = read_queue(self._session, defaults, now)
+        able = (
+            job for job in queue.waiting if job.job_id not in busy
+        )  # those hold up nobody of their tenant
+        for waiting, hold in start_order(able, queue.shares):
             if hold is not Hold.PLACE:
                 return None
-            if waiting.job_id not in busy:
-                row = self._session.scalar(
-                    select(JobRow)
-                    .where(JobRow.id == waiting.job_id, JobRow.state == JobState.QUEUED)
-                    .with_for_update(skip_locked=True)  # it is being cancelled or changed just now
-                )
-                if row is not None:
-                    return self._begin(row, owner, now, lease)
+            row = self._session.scalar(
+                select(JobRow)
+                .where(JobRow.id == waiting.job_id, JobRow.state == JobState.QUEUED)
+                .with_for_update(skip_locked=True)  # it is being cancelled or changed just now
+            )
+            if row is not None:
+                return self._begin(row, owner, now, lease)
         return None
 
     def _running_of(self, owner: str | None) -> int:

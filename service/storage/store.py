@@ -278,7 +278,7 @@ class SqlTrialStore:
         self, write: _Write, trial_id: str, ending: Ending, front: FrontUpdate | None
     ) -> None:
         trial = write.live(trial_id)
-        trial.reason = ending.reason
+        trial.reason = _storable(ending.reason)
         trial.values = _finite(ending.values)
         trial.test = _finite(ending.test)
         trial.tasks = _finite(ending.tasks)
@@ -454,7 +454,7 @@ class SqlTrialStore:
                 sequence=(last or 0) + 1,
                 job_id=self._job_id,
                 state=ending.state,
-                reason=ending.reason,
+                reason=_storable(ending.reason),
                 family=candidate.family,
                 backbone=candidate.backbone,
                 parameters=_finite(candidate.parameters),
@@ -479,7 +479,7 @@ class SqlTrialStore:
 
     @_write
     def finish(self, write: _Write, state: JobState, reason: str | None) -> None:  # noqa: D102
-        end_job(write.session, write.job, state, reason, write.now)
+        end_job(write.session, write.job, state, _storable(reason), write.now)
 
     def _enter(self, session: Session, digest: str) -> _Write | None:
         """Lock the job and say that its driver lives; None where the write of this digest was kept before.
@@ -529,6 +529,11 @@ class SqlTrialStore:
             )
         )
         return {ReferenceKey(**{name: getattr(row, name) for name in names}): row for row in rows}
+
+
+def _storable(text: str | None) -> str | None:
+    """An error's words as every database holds them: no NUL, no half of a character."""
+    return None if text is None else text.replace("\0", "\ufffd").encode(errors="replace").decode()
 
 
 def _move_front(write: _Write, trial: TrialRow, front: FrontUpdate) -> None:

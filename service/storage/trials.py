@@ -257,7 +257,7 @@ def _best(descending: bool, bounded: tuple[tuple[bool, bool], ...]) -> Select[An
         .select_from(_VALUED)
         .outerjoin(macs, (macs.c.metric == "macs") & _same_trial(macs))
         .where(value == best, *fitting)
-        .order_by(macs.c.value, _VALUES.c.number)
+        .order_by(macs.c.value.nulls_last(), _VALUES.c.number)
         .limit(1)
     )
 

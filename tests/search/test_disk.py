@@ -1,6 +1,7 @@
 """A full disk, told in one word whoever meets it."""
 
 import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,7 +9,7 @@ import pytest
 from safetensors import SafetensorError
 
 from coterie.search.disk import full_disk_told
-from coterie.search.store import DiskFull
+from coterie.search.store import DiskFull, FilesUnavailable
 
 
 def _write_to_a_full_device() -> None:
@@ -40,6 +41,13 @@ def _already_told() -> None:
 def test_a_full_disk_is_told_whoever_meets_it(fail: Callable[[], None]) -> None:
     with pytest.raises(DiskFull, match=r"^no space left on the disk of "), full_disk_told():
         fail()
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EROFS, errno.ESTALE])
+def test_a_disk_that_is_away_is_no_fault_of_a_trials(number: int) -> None:
+    with pytest.raises(FilesUnavailable, match="is away") as found, full_disk_told():
+        raise OSError(number, os.strerror(number))
+    assert not isinstance(found.value, DiskFull)
 
 
 @pytest.mark.parametrize("error", [OSError(errno.EACCES, "Permission denied"), ValueError("(os error 2)")])

@@ -268,6 +268,12 @@ def test_an_owner_has_so_many_places_whoever_claims_for_it(database: Database) -
     assert claim(database, owner="server_1", places=1) is not None
 
 
+def test_a_busy_job_counts_for_nothing_in_its_tenants_limit(database: Database) -> None:
+    first, second = submit(database, "a"), submit(database, "a")
+    limits = Limits(max_running_jobs=1)
+    assert claim(database, busy={first}, defaults=limits) == second
+
+
 def test_a_busy_job_is_passed_over(database: Database) -> None:
     first, second = submit(database), submit(database)
     assert claim(database, busy={first}) == second

@@ -34,7 +34,7 @@ from coterie.service.storage.repositories import (
     usage_of,
 )
 from coterie.service.storage.store import SqlTrialStore
-from coterie.service.storage.tables import AttemptRow, JobRow
+from coterie.service.storage.tables import AttemptRow, JobRow, TrialRow
 from coterie.service.storage.trials import TrialRepository
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, 678901, tzinfo=UTC)
@@ -288,6 +288,16 @@ def test_an_epoch_is_progress_whatever_the_clocks_say(database: Database) -> Non
     _requeue(database, job_id, 4)
     with database.read() as session:
         assert JobRepository(session).attempts_without_progress(job_id) == 1
+
+
+def test_an_errors_words_are_stored_whatever_is_in_them(database: Database) -> None:
+    job_id, store = _start(database)
+    store.add_trial(_trial(0))
+    store.end_trial("trial_0", Ending(state=TrialState.FAILED, reason="a\0b\ud800c"), None)
+    store.finish(JobState.FAILED, "\0")
+    with database.read() as session:
+        assert session.scalars(select(TrialRow.reason)).one() == "a\ufffdb?c"
+        assert JobRepository(session).get(job_id).reason == "\ufffd"
 
 
 def test_a_paused_job_waits_with_its_trials_and_its_driver_is_fenced(database: Database) -> None:

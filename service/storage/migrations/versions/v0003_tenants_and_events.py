@@ -217,7 +217,10 @@ def _put_tenants_into_keys() -> None:
 
 
 def _count() -> None:
-    """Fill in what older versions counted anew each time, and a first event for each job."""
+    """Fill in what older versions counted anew each time, and a first event for each job.
+
+    What progress an attempt made is told by events from now on; older ones are held against no job.
+    """
     connection = op.get_bind()
     metadata = sa.MetaData()
     jobs, attempts, trials, trial_values, events = (
@@ -229,11 +232,11 @@ def _count() -> None:
         job_id: dict(zero) for job_id in connection.scalars(sa.select(jobs.c.id))
     }
     for row in connection.execute(sa.select(attempts)).mappings().all():
-        seconds = (row["last_seen_at"] - row["started_at"]).total_seconds()
+        seconds = max(0.0, (row["last_seen_at"] - row["started_at"]).total_seconds())  # clocks step
         totals[row["job_id"]]["seconds"] += seconds
         totals[row["job_id"]]["device_seconds"] += row["side_device_seconds"]
         same = (attempts.c.job_id == row["job_id"]) & (attempts.c.attempt == row["attempt"])
-        connection.execute(sa.update(attempts).where(same).values(seconds=seconds))
+        connection.execute(sa.update(attempts).where(same).values(seconds=seconds, preempted=True))
     names = ("position", "job_id", "number", "state", "device_seconds", "values", "files")
     by_position = sa.select(*(trials.c[name] for name in names)).order_by(trials.c.position).limit(BATCH)
     after = 0
