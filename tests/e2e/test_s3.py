@@ -45,7 +45,7 @@ def test_a_job_goes_on_from_its_checkpoint_in_s3_and_leaves_its_networks_there(
         place = location_of(s3)
 
         def kept() -> set[str]:
-            return {str(file.location).removeprefix(f"{place}/{job}/") for file in list_files(place)}
+            return {str(file.location).removeprefix(f"{place}/{job}/") for file in list_files(place / job)}
 
         networks = {
             f"trials/{trial['id']}/{name}"
