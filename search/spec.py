@@ -43,6 +43,7 @@ def _unique(key: Callable[[Any], object], what: str) -> AfterValidator:
 Name = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+-]{1,100}$")]
 Priority = Annotated[int, Field(ge=-1000, le=1000)]
 UNIQUE_ITEMS: dict[str, JsonValue] = {"uniqueItems": True}
+ONE_LINE = r"^[^\x00-\x1f\x7f-\x9f\u2028\u2029]*$"  # whoever prints it, wherever it ends a line
 
 
 class _Part(BaseModel):
@@ -260,8 +261,8 @@ class ConfirmSpec(_Part):
 class JobSpec(_Part):
     """A search job."""
 
-    name: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")] = (
-        Field(default="search", description="Any text that helps to find the job again.")
+    name: Annotated[str, StringConstraints(min_length=1, max_length=200, pattern=ONE_LINE)] = Field(
+        default="search", description="Any text that helps to find the job again."
     )
     dataset: DatasetSpec = Field(description="The data.")
     tasks: Annotated[

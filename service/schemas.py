@@ -6,7 +6,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator
 
 from coterie.models.tasks import Direction, TaskKind
-from coterie.search.spec import JobSpec
+from coterie.search.spec import ONE_LINE, JobSpec
 from coterie.search.store import JobState, TrialState, VerdictKind
 from coterie.service.auth import Role
 from coterie.service.public_network import LIMIT_URL
@@ -425,7 +425,7 @@ class TokenRequest(BaseModel):
     name: str = Field(
         default="",
         max_length=200,
-        pattern=r"^[^\x00-\x1f\x7f]*$",
+        pattern=ONE_LINE,
         description="What its maker calls it, to tell it from others.",
     )
     expires_at: AwareDatetime | None = Field(

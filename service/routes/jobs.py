@@ -7,7 +7,7 @@ from fastapi import APIRouter, Depends, Header, Query
 from fastapi.responses import PlainTextResponse
 from pydantic import Field
 
-from coterie.search.spec import JobChange
+from coterie.search.spec import ONE_LINE, JobChange
 from coterie.search.store import JobState
 from coterie.service import jobs, measured, schemas
 from coterie.service.errors import problem_responses
@@ -38,7 +38,7 @@ class JobsParameters(PageParameters):
     name: str | None = Field(
         default=None,
         max_length=200,
-        pattern=r"^[^\x00-\x1f\x7f]*$",
+        pattern=ONE_LINE,
         description="Only jobs with exactly this name.",
     )
     sort: Literal["created_at", "-created_at"] = Field(

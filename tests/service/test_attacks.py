@@ -60,7 +60,7 @@ SQL = [
     *("%", "_", "\\", "$1", ":name", "%s", "?"),
 ]
 LINE_BREAKS = [
-    *(f"{end}X-Injected: 1" for end in ("\r\n", "\n", "\r", "\x0b")),
+    *(f"{end}X-Injected: 1" for end in ("\r\n", "\n", "\r", "\x0b", "\x85", "\u2028")),
     "\r\n\r\nHTTP/1.1 200 OK\r\n\r\n",
 ]
 ODD: list[str | bytes] = [
