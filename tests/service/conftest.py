@@ -82,6 +82,7 @@ class Server:
         self.dispatcher = dispatcher
         self.client = client
         self.database = Database(settings.url)
+        self.break_connections: Callable[[], object] = self.database.engine.dispose  # those of the app
 
     def submit(self, **fields: Any) -> str:
         answer = self.client.post("/v1/jobs", json={**SPEC, **fields})
@@ -205,6 +206,7 @@ def open_server(data_dir: Path, **settings: Any) -> Iterator[Server]:
         httpx.Client(transport=AppTransport(app, portal), base_url="http://127.0.0.1") as client,
     ):
         server = Server(chosen, dispatcher, client)
+        server.break_connections = app.state.context.database.engine.dispose
         yield server
         server.database.close()
 
